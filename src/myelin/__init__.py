@@ -1,0 +1,1 @@
+"""Myelin trains and serves models inside attested enclaves."""
