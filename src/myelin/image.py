@@ -1,0 +1,160 @@
+"""The enclave image as every party reads it: its digest, its measurement, its description.
+
+Nothing here compiles or runs anything; `myelin.build` makes images. The format is docs/image.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from myelin.document import decode
+from myelin.errors import DocumentInvalid
+
+BASE = 0x4000_0000
+PAGE = 4096
+MAX_BYTES = 64 << 20
+
+# SECINFO flags of a page (Intel SDM vol. 3D, 38.11): R, W, X in bits 0 to 2, page type in bits 8 to 15.
+_READ, _WRITE, _EXECUTE, _REGULAR = 1, 2, 4, 2 << 8
+_SSA_FRAME_PAGES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """One loadable part of the image: `data` is the file's bytes, `size` the bytes in memory."""
+
+    address: int
+    size: int
+    data: bytes
+    readable: bool
+    writable: bool
+    executable: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """An enclave image in memory, checked for form."""
+
+    content: bytes
+
+    @classmethod
+    def read(cls, path: Path) -> Image:
+        """Reads an image file; `DocumentInvalid` when it is not one."""
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise DocumentInvalid(f"image {path}: {size} bytes, more than {MAX_BYTES}")
+        return cls(content=path.read_bytes())
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the file, 32 bytes."""
+        return hashlib.sha256(self.content).digest()
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """The measured description (docs/image.md)."""
+        description = decode(_section(self.content, b".description"))
+        if not isinstance(description, dict) or description.get("type") != "myelin/image/1":
+            raise DocumentInvalid("image: its description is not of type myelin/image/1")
+        return description
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The loadable segments in address order."""
+        _check_elf(self.content)
+        (table,) = struct.unpack_from("<Q", self.content, 32)
+        (entry_size, count) = struct.unpack_from("<HH", self.content, 54)
+        if entry_size != 56 or table + 56 * count > len(self.content):
+            raise DocumentInvalid("image: the program header table lies outside the file")
+        segments = []
+        for index in range(count):
+            kind, flags, offset, address, _, filled, size, _ = struct.unpack_from(
+                "<IIQQQQQQ", self.content, table + 56 * index
+            )
+            if kind != 1:
+                continue
+            if offset + filled > len(self.content) or filled > size:
+                raise DocumentInvalid(f"image: segment {index} lies outside the file")
+            if address % PAGE or address < BASE:
+                raise DocumentInvalid(f"image: segment {index} at {address:#x} is misplaced")
+            if flags & 1 and flags & 2:
+                raise DocumentInvalid(f"image: segment {index} is writable and executable")
+            segments.append(
+                Segment(
+                    address=address,
+                    size=size,
+                    data=self.content[offset : offset + filled],
+                    readable=bool(flags & 4),
+                    writable=bool(flags & 2),
+                    executable=bool(flags & 1),
+                )
+            )
+        return tuple(sorted(segments, key=lambda segment: segment.address))
+
+    @cached_property
+    def measurement(self) -> bytes:
+        """MRENCLAVE of the image, 32 bytes (Intel SDM vol. 3D, 38.4.1.1).
+
+        The heap, the last segment, is not measured: it holds no content and is zeroed at start.
+        """
+        heap = self.segments[-1]
+        if heap.data or heap.size != self.description["heap"]:
+            raise DocumentInvalid(
+                f"image: the last segment has {heap.size} bytes, not the heap of "
+                f"{self.description['heap']} bytes that the description names"
+            )
+        size = 1 << (heap.address + heap.size - BASE - 1).bit_length()
+        chain = hashlib.sha256(
+            b"ECREATE\0" + struct.pack("<IQ", _SSA_FRAME_PAGES, size) + bytes(44)
+        )
+        for segment in self.segments[:-1]:
+            flags = (
+                _REGULAR
+                | _READ * segment.readable
+                | _WRITE * segment.writable
+                | _EXECUTE * segment.executable
+            )
+            for start in range(0, segment.size, PAGE):
+                offset = segment.address - BASE + start
+                page = segment.data[start : start + PAGE].ljust(PAGE, b"\0")
+                chain.update(b"EADD\0\0\0\0" + struct.pack("<QQ", offset, flags) + bytes(40))
+                for part in range(0, PAGE, 256):
+                    chain.update(b"EEXTEND\0" + struct.pack("<Q", offset + part) + bytes(48))
+                    chain.update(page[part : part + 256])
+        return chain.digest()
+
+
+def _check_elf(content: bytes) -> None:
+    if len(content) < 64 or content[:6] != b"\x7fELF\x02\x01":
+        raise DocumentInvalid("image: not a 64-bit little-endian ELF file")
+    kind, machine = struct.unpack_from("<HH", content, 16)
+    if kind != 2 or machine != 62:
+        raise DocumentInvalid(f"image: ELF type {kind}, machine {machine}; a static x86-64 file it is not")
+
+
+def _section(content: bytes, name: bytes) -> bytes:
+    """The bytes of one named section."""
+    _check_elf(content)
+    (table,) = struct.unpack_from("<Q", content, 40)
+    entry_size, count, names_index = struct.unpack_from("<HHH", content, 58)
+    if entry_size != 64 or names_index >= count or table + 64 * count > len(content):
+        raise DocumentInvalid("image: the section table lies outside the file")
+
+    def place(index: int) -> tuple[int, int, int]:
+        title, _, _, _, offset, size = struct.unpack_from("<IIQQQQ", content, table + 64 * index)
+        return title, offset, size
+
+    _, names_offset, names_size = place(names_index)
+    names = content[names_offset : names_offset + names_size]
+    for index in range(count):
+        title, offset, size = place(index)
+        if names[title : title + len(name) + 1] == name + b"\0":
+            if offset + size > len(content):
+                break
+            return content[offset : offset + size]
+    raise DocumentInvalid(f"image: no section {name.decode()} inside the file")
