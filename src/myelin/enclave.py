@@ -61,12 +61,14 @@ class Enclave:
     ) -> None:
         """Streams a sealed file in for entry `index` of the job's sends.
 
-        `progress` is told the bytes of each chunk. The enclave checks every chunk and, after the last, the
-        commitment.
+        `progress` is told the bytes of each chunk. The enclave checks every chunk and, after the
+        last, the commitment.
         """
         header = sealed.read(HEADER)
         if len(header) != HEADER:
-            raise SealedFileInvalid(f"sealed file: {len(header)} bytes, shorter than its header of {HEADER}")
+            raise SealedFileInvalid(
+                f"sealed file: {len(header)} bytes, shorter than its header of {HEADER}"
+            )
         self._transport.request(_OPEN, struct.pack("<I", index) + header)
         number = 0
         while chunk := sealed.read(CHUNK + TAG):
@@ -82,7 +84,10 @@ class Enclave:
             self._transport.request(_WEIGHTS, struct.pack("<Q", start) + part)
 
     def train(self, *, steps: int, sample_rate: int, noise_multiplier: int) -> int:
-        """Runs `steps` more steps; rate and noise in the job's fixed-point units. Returns the steps done in all."""
+        """Runs `steps` more steps and returns the steps done in all.
+
+        Rate and noise are in the job's fixed-point units (2⁻³², micro).
+        """
         body = struct.pack("<IQQ", steps, sample_rate, noise_multiplier)
         (done,) = struct.unpack("<I", self._transport.request(_TRAIN, body))
         return int(done)

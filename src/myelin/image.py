@@ -19,7 +19,7 @@ BASE = 0x4000_0000
 PAGE = 4096
 MAX_BYTES = 64 << 20
 
-# SECINFO flags of a page (Intel SDM vol. 3D, 38.11): R, W, X in bits 0 to 2, page type in bits 8 to 15.
+# SECINFO flags of a page (Intel SDM vol. 3D, 38.11): R, W, X in bits 0-2, page type in bits 8-15.
 _READ, _WRITE, _EXECUTE, _REGULAR = 1, 2, 4, 2 << 8
 _SSA_FRAME_PAGES = 4
 
@@ -134,7 +134,9 @@ def _check_elf(content: bytes) -> None:
         raise DocumentInvalid("image: not a 64-bit little-endian ELF file")
     kind, machine = struct.unpack_from("<HH", content, 16)
     if kind != 2 or machine != 62:
-        raise DocumentInvalid(f"image: ELF type {kind}, machine {machine}; a static x86-64 file it is not")
+        raise DocumentInvalid(
+            f"image: ELF type {kind}, machine {machine}; a static x86-64 file it is not"
+        )
 
 
 def _section(content: bytes, name: bytes) -> bytes:
