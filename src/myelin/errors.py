@@ -118,6 +118,10 @@ class ReceiptInvalid(MyelinError):
         self.detail = detail
 
 
+class ImageInvalid(MyelinError):
+    """A file is not an enclave image of docs/image.md."""
+
+
 class ImageMismatch(MyelinError):
     """A rebuilt image is not the one that the job names."""
 

@@ -83,4 +83,4 @@ def standardise(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     shift = 0.1 * (high - low)
     bottom, top = np.log(low + shift), np.log(high + shift)
     position = (np.log(np.maximum(values, 0) + shift) - bottom) / (top - bottom)
-    return (3 * (2 * position - 1)).astype(np.float32)
+    return np.asarray(3 * (2 * position - 1), dtype=np.float32)

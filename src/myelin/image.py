@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from myelin.document import decode
-from myelin.errors import DocumentInvalid
+from myelin.errors import ImageInvalid
 
 BASE = 0x4000_0000
 PAGE = 4096
@@ -44,10 +44,10 @@ class Image:
 
     @classmethod
     def read(cls, path: Path) -> Image:
-        """Reads an image file; `DocumentInvalid` when it is not one."""
+        """Reads an image file; `ImageInvalid` when it is not one."""
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise DocumentInvalid(f"image {path}: {size} bytes, more than {MAX_BYTES}")
+            raise ImageInvalid(f"image {path}: {size} bytes, more than {MAX_BYTES}")
         return cls(content=path.read_bytes())
 
     @cached_property
@@ -60,7 +60,7 @@ class Image:
         """The measured description (docs/image.md)."""
         description = decode(_section(self.content, b".description"))
         if not isinstance(description, dict) or description.get("type") != "myelin/image/1":
-            raise DocumentInvalid("image: its description is not of type myelin/image/1")
+            raise ImageInvalid("image: its description is not of type myelin/image/1")
         return description
 
     @cached_property
@@ -70,7 +70,7 @@ class Image:
         (table,) = struct.unpack_from("<Q", self.content, 32)
         (entry_size, count) = struct.unpack_from("<HH", self.content, 54)
         if entry_size != 56 or table + 56 * count > len(self.content):
-            raise DocumentInvalid("image: the program header table lies outside the file")
+            raise ImageInvalid("image: the program header table lies outside the file")
         segments = []
         for index in range(count):
             kind, flags, offset, address, _, filled, size, _ = struct.unpack_from(
@@ -79,11 +79,11 @@ class Image:
             if kind != 1:
                 continue
             if offset + filled > len(self.content) or filled > size:
-                raise DocumentInvalid(f"image: segment {index} lies outside the file")
+                raise ImageInvalid(f"image: segment {index} lies outside the file")
             if address % PAGE or address < BASE:
-                raise DocumentInvalid(f"image: segment {index} at {address:#x} is misplaced")
+                raise ImageInvalid(f"image: segment {index} at {address:#x} is misplaced")
             if flags & 1 and flags & 2:
-                raise DocumentInvalid(f"image: segment {index} is writable and executable")
+                raise ImageInvalid(f"image: segment {index} is writable and executable")
             segments.append(
                 Segment(
                     address=address,
@@ -104,7 +104,7 @@ class Image:
         """
         heap = self.segments[-1]
         if heap.data or heap.size != self.description["heap"]:
-            raise DocumentInvalid(
+            raise ImageInvalid(
                 f"image: the last segment has {heap.size} bytes, not the heap of "
                 f"{self.description['heap']} bytes that the description names"
             )
@@ -131,10 +131,10 @@ class Image:
 
 def _check_elf(content: bytes) -> None:
     if len(content) < 64 or content[:6] != b"\x7fELF\x02\x01":
-        raise DocumentInvalid("image: not a 64-bit little-endian ELF file")
+        raise ImageInvalid("image: not a 64-bit little-endian ELF file")
     kind, machine = struct.unpack_from("<HH", content, 16)
     if kind != 2 or machine != 62:
-        raise DocumentInvalid(
+        raise ImageInvalid(
             f"image: ELF type {kind}, machine {machine}; a static x86-64 file it is not"
         )
 
@@ -145,7 +145,7 @@ def _section(content: bytes, name: bytes) -> bytes:
     (table,) = struct.unpack_from("<Q", content, 40)
     entry_size, count, names_index = struct.unpack_from("<HHH", content, 58)
     if entry_size != 64 or names_index >= count or table + 64 * count > len(content):
-        raise DocumentInvalid("image: the section table lies outside the file")
+        raise ImageInvalid("image: the section table lies outside the file")
 
     def place(index: int) -> tuple[int, int, int]:
         title, _, _, _, offset, size = struct.unpack_from("<IIQQQQ", content, table + 64 * index)
@@ -159,4 +159,4 @@ def _section(content: bytes, name: bytes) -> bytes:
             if offset + size > len(content):
                 break
             return content[offset : offset + size]
-    raise DocumentInvalid(f"image: no section {name.decode()} inside the file")
+    raise ImageInvalid(f"image: no section {name.decode()} inside the file")
