@@ -1,0 +1,1 @@
+//! Entry, threads, memory and processor of the enclave: all of its unsafe code.
