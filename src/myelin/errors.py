@@ -5,6 +5,8 @@ An error says what was found, and what to do. `exit_code` is what the command li
 6 image mismatch.
 """
 
+# ruff: noqa: N818 - an error is named after what happened (`EvidenceRejected`), which says more.
+
 from __future__ import annotations
 
 from typing import ClassVar
@@ -141,5 +143,16 @@ class CellDied(MyelinError):
     """The cell ended while a request was under way: a fault, a system call, a signal."""
 
 
+class ModelRefused(MyelinError):
+    """A model, or the document of one, is malformed; the message says where and what fits."""
+
+
 class UnsupportedLayer(MyelinError):
     """A model holds a layer that cannot be trained privately, or is not known."""
+
+    def __init__(self, layer: str, why: str, advice: str) -> None:
+        """Keep the layer's name, the reason, and what to do instead."""
+        super().__init__(f"layer {layer} is refused: {why}; {advice}")
+        self.layer = layer
+        self.why = why
+        self.advice = advice
