@@ -120,6 +120,10 @@ class ReceiptInvalid(MyelinError):
         self.detail = detail
 
 
+class BuildFailed(MyelinError):
+    """The compiler or the linker refused; the message holds what it said."""
+
+
 class ImageInvalid(MyelinError):
     """A file is not an enclave image of docs/image.md."""
 

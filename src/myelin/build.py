@@ -1,0 +1,314 @@
+"""From a model to an enclave image, and the same again by anyone who wants to check it.
+
+A build folder holds `image.elf`, `model.json` (all that is needed to rebuild it, no weights) and
+`weights.safetensors` (the public initial weights).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.numpy
+
+from myelin.cpu import Cpu
+from myelin.document import encode
+from myelin.errors import BuildFailed, ImageMismatch, UsageError
+from myelin.image import Image
+from myelin.kernels import object as kernel_object
+from myelin.model import Model, load
+from myelin.native import native_file
+from myelin.optimizer import Optimizer, optimizer_from_dict, optimizer_to_dict
+from myelin.plan import Program, compile_training
+
+LOSSES = ("cross-entropy", "binary-cross-entropy", "mean-squared-error")
+_WORKSPACE = 1 << 20
+_INPUTS = 16
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything but the model's graph that decides the image's bytes.
+
+    `batch` is the number of examples of a physical batch, `records` and `test` the number of
+    records that fit, over all senders; `threads` the thread slots; `cpu` a level of `Cpu`.
+    """
+
+    loss: str
+    optimizer: Optimizer
+    batch: int = 64
+    records: int
+    test: int = 0
+    cpu: str = "x86-64-v3"
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuses what no image can have."""
+        if self.loss not in LOSSES:
+            raise UsageError(f"loss {self.loss!r}: choose one of {', '.join(LOSSES)}")
+        for name, low, high in (
+            ("batch", 1, 65_536),
+            ("records", 1, 1 << 30),
+            ("test", 0, 1 << 30),
+            ("threads", 1, 16),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UsageError(f"{name} = {value}: it must lie between {low} and {high}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """A finished build in its folder."""
+
+    directory: Path
+    image: Image
+
+    @property
+    def image_path(self) -> Path:
+        """The image's ELF file."""
+        return self.directory / "image.elf"
+
+    @property
+    def model_path(self) -> Path:
+        """The model file, from which anyone can rebuild the image."""
+        return self.directory / "model.json"
+
+    @property
+    def weights_path(self) -> Path:
+        """The public initial weights."""
+        return self.directory / "weights.safetensors"
+
+
+def build(
+    source: Any,
+    example: Any,
+    *,
+    loss: str,
+    optimizer: Optimizer,
+    records: int,
+    directory: Path,
+    test: int = 0,
+    batch: int = 64,
+    cpu: str = "x86-64-v3",
+    threads: int = 2,
+    dump: Path | None = None,
+    progress: Progress = lambda stage: None,
+) -> Build:
+    """Compiles a model into an image under `directory`.
+
+    `source` is a `torch.nn.Module`, the path of an ONNX file, a layer of `myelin.nn`, or a Relax
+    module; `example` one input with a leading batch axis, float32. `dump` receives the IR after
+    each pass; `progress` is told each stage's name.
+    """
+    recipe = Recipe(
+        loss=loss,
+        optimizer=optimizer,
+        batch=batch,
+        records=records,
+        test=test,
+        cpu=cpu,
+        threads=threads,
+    )
+    progress("import the model")
+    model = load(source, example)
+    document = _model_file(model, recipe)
+    image = _compile(model, recipe, document, dump=dump, progress=progress)
+    directory.mkdir(parents=True, exist_ok=True)
+    result = Build(directory=directory, image=image)
+    result.image_path.write_bytes(image.content)
+    result.model_path.write_bytes(document)
+    safetensors.numpy.save_file(dict(model.parameters), result.weights_path)
+    return result
+
+
+def rebuild(document: bytes, *, progress: Progress = lambda stage: None) -> Image:
+    """Builds the image again from the bytes of a model file."""
+    model, recipe = _read_model_file(document)
+    return _compile(model, recipe, document, dump=None, progress=progress)
+
+
+def compare(rebuilt: Image, *, measurement: bytes, original: Image | None = None) -> None:
+    """Raises `ImageMismatch`, naming the parts that differ, unless the rebuilt image measures the same."""
+    if rebuilt.measurement == measurement:
+        return
+    found = f"measurement {rebuilt.measurement.hex()}, the job names {measurement.hex()}"
+    if original is None:
+        raise ImageMismatch(f"{found}; give the original image to see which part differs")
+    if original.measurement != measurement:
+        raise ImageMismatch(
+            f"{found}; the original image given here measures {original.measurement.hex()}: "
+            "it is not the job's image either"
+        )
+    raise ImageMismatch(f"{found}; different: {', '.join(_differences(rebuilt, original))}")
+
+
+def _differences(rebuilt: Image, original: Image) -> list[str]:
+    ours, theirs = rebuilt.description, original.description
+    parts = [
+        f"version of {name} ({ours['versions'].get(name)}, there {theirs['versions'].get(name)})"
+        for name in sorted({*ours["versions"], *theirs["versions"]})
+        if ours["versions"].get(name) != theirs["versions"].get(name)
+    ]
+    parts += [
+        f"description field {name}"
+        for name in sorted({*ours, *theirs} - {"versions"})
+        if ours.get(name) != theirs.get(name)
+    ]
+    return parts or ["the linked code, with equal descriptions (another linker?)"]
+
+
+def _compile(
+    model: Model, recipe: Recipe, document: bytes, *, dump: Path | None, progress: Progress
+) -> Image:
+    cpu = Cpu.named(recipe.cpu)
+    progress("derive the private training graph")
+    program = compile_training(
+        model,
+        loss=recipe.loss,
+        optimizer=recipe.optimizer,
+        batch=recipe.batch,
+        cpu=cpu,
+        dump=dump,
+    )
+    progress(f"compile {len(program.kernels)} kernels")
+    kernels = kernel_object.build(program.kernels, cpu)
+    runtime = native_file(f"libmyelin_enclave-{cpu.level}.a").read_bytes()
+    description = encode(_describe(program, recipe, cpu, document, kernels, runtime))
+    progress("link the image")
+    return Image(content=_link(program, recipe, kernels, runtime, description))
+
+
+def _describe(
+    program: Program,
+    recipe: Recipe,
+    cpu: Cpu,
+    document: bytes,
+    kernels: bytes,
+    runtime: bytes,
+) -> dict[str, Any]:
+    return {
+        "type": "myelin/image/1",
+        "task": "train",
+        "loss": recipe.loss,
+        "optimizer": optimizer_to_dict(recipe.optimizer, text=True),
+        "cpu": {"level": cpu.level, "features": list(cpu.features)},
+        "batch": recipe.batch,
+        "threads": recipe.threads,
+        "capacity": {"records": recipe.records, "test": recipe.test},
+        "record": {"features": 4 * program.features, "label": program.label_bytes},
+        "outputs": program.outputs,
+        "arena": program.arena,
+        "heap": _heap(program, recipe),
+        "workspace": _WORKSPACE,
+        "model": hashlib.sha256(document).digest(),
+        "versions": {
+            "myelin": version("myelin"),
+            "tvm": version("apache-tvm"),
+            "ziglang": version("ziglang"),
+            "kernels": hashlib.sha256(kernels).hexdigest(),
+            "runtime": hashlib.sha256(runtime).hexdigest(),
+        },
+        "additions": program.additions,
+        **program.description(),
+    }
+
+
+def _heap(program: Program, recipe: Recipe) -> int:
+    record = 4 * program.features + program.label_bytes
+    weights = program.buffers["weights"][1] // 4
+    capacity = recipe.records + recipe.test
+    parts = (
+        program.arena,
+        8 * weights,
+        _WORKSPACE * recipe.threads,
+        4 * recipe.records,
+        capacity * record + _INPUTS * 128,
+    )
+    return _round_up(sum(_round_up(part, 64) for part in parts), 4096)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _link(
+    program: Program, recipe: Recipe, kernels: bytes, runtime: bytes, description: bytes
+) -> bytes:
+    slots = range(recipe.threads)
+    script = native_file("image.ld").read_text()
+    for word, lines in (
+        ("KERNELS", [f"QUAD({name})" for name in program.kernels]),
+        ("STACK_HEADERS", [f"stack{slot} PT_LOAD FLAGS(6);" for slot in slots]),
+        ("STACK_TOPS", [f"QUAD(__stack{slot}_top)" for slot in slots]),
+        (
+            "STACKS",
+            [
+                f". += 0x10000; .stack{slot} (NOLOAD) : "
+                f"{{ . += 0x40000; __stack{slot}_top = .; }} :stack{slot}"
+                for slot in slots
+            ],
+        ),
+        ("HEAP", [str(_heap(program, recipe))]),
+    ):
+        script = script.replace(f"@{word}@", "\n".join(lines))
+    with tempfile.TemporaryDirectory() as folder:
+        # Bare file names: no path of this machine can reach the image.
+        for name, content in (
+            ("image.ld", script.encode()),
+            ("kernels.o", kernels),
+            ("libmyelin_enclave.a", runtime),
+            ("description.cbor", description),
+        ):
+            Path(folder, name).write_bytes(content)
+        command = [sys.executable, "-m", "ziglang", "ld.lld", *_LINK]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BuildFailed(f"linking the image failed:\n{done.stderr.strip()}")
+        return Path(folder, "image.elf").read_bytes()
+
+
+_LINK = (
+    *("-T", "image.ld", "--static", "--no-pie", "-z", "noexecstack", "-z", "max-page-size=4096"),
+    *("--gc-sections", "--build-id=none", "--fatal-warnings", "--no-undefined", "--strip-all"),
+    *("-o", "image.elf", "kernels.o", "libmyelin_enclave.a", "--format=binary", "description.cbor"),
+)
+
+
+def _model_file(model: Model, recipe: Recipe) -> bytes:
+    options = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    options["optimizer"] = optimizer_to_dict(recipe.optimizer)
+    content = {
+        "type": "myelin/model/1",
+        "graph": json.loads(model.document()),
+        "recipe": options,
+    }
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _read_model_file(document: bytes) -> tuple[Model, Recipe]:
+    try:
+        content = json.loads(document)
+    except ValueError as error:
+        raise UsageError(f"model file: not JSON ({error})") from error
+    if not isinstance(content, dict) or content.get("type") != "myelin/model/1":
+        raise UsageError("model file: its type is not myelin/model/1")
+    if set(content) != {"type", "graph", "recipe"} or not isinstance(content["recipe"], dict):
+        raise UsageError("model file: it must hold type, graph and recipe, nothing else")
+    options = dict(content["recipe"])
+    wanted = {field.name for field in fields(Recipe)}
+    if set(options) != wanted:
+        raise UsageError(f"model file: the recipe must hold exactly {', '.join(sorted(wanted))}")
+    options["optimizer"] = optimizer_from_dict(options["optimizer"])
+    graph = json.dumps(content["graph"], sort_keys=True, separators=(",", ":")).encode()
+    return Model.from_document(graph), Recipe(**options)
