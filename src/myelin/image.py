@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from myelin.document import decode
+from myelin import document
+from myelin.document import label, listing, octets, record, text, unsigned
 from myelin.errors import ImageInvalid
 
 BASE = 0x4000_0000
@@ -58,10 +59,9 @@ class Image:
     @cached_property
     def description(self) -> dict[str, Any]:
         """The measured description (docs/image.md)."""
-        description = decode(_section(self.content, b".description"))
-        if not isinstance(description, dict) or description.get("type") != "myelin/image/1":
-            raise ImageInvalid("image: its description is not of type myelin/image/1")
-        return description
+        content = _section(self.content, b".description")
+        fields: dict[str, Any] = document.decode(content, _DESCRIPTION, limit=_DESCRIPTION_LIMIT)
+        return fields
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -160,3 +160,56 @@ def _section(content: bytes, name: bytes) -> bytes:
                 break
             return content[offset : offset + size]
     raise ImageInvalid(f"image: no section {name.decode()} inside the file")
+
+
+def _free_map(value: Any, where: str) -> None:
+    """A map of facts for people: its keys are not fixed."""
+    record(dict.fromkeys(value, _fact) if isinstance(value, dict) else {})(value, where)
+
+
+def _fact(value: Any, where: str) -> None:
+    if not isinstance(value, int):
+        text()(value, where)
+
+
+_DESCRIPTION_LIMIT = 1 << 20
+_SIZE = unsigned(1 << 36)
+_CALLS = listing(listing(_SIZE, 15), 65_536)
+_BUFFERS = ("x", "y", "mask", "hyper", "state", "output", "weights", "gradient")
+_DESCRIPTION = record(
+    {
+        "type": label("myelin/image/1"),
+        "task": text("train"),
+        "loss": text("cross-entropy", "binary-cross-entropy", "mean-squared-error"),
+        "optimizer": _free_map,
+        "cpu": record({"level": text(), "features": listing(text(), 64)}),
+        "batch": _SIZE,
+        "threads": unsigned(16, least=1),
+        "capacity": record({"records": _SIZE, "test": _SIZE}),
+        "record": record({"features": _SIZE, "label": _SIZE}),
+        "outputs": _SIZE,
+        "arena": _SIZE,
+        "heap": _SIZE,
+        "workspace": _SIZE,
+        "model": octets(32),
+        "versions": _free_map,
+        "additions": _SIZE,
+        "clipping": listing(record({"layer": text(), "norm": text()}), 65_536),
+        "buffers": record(dict.fromkeys(_BUFFERS, listing(_SIZE, 2))),
+        "kernels": listing(record({"name": text(), "args": listing(_SIZE, 14)}), 65_536),
+        "gradient": _CALLS,
+        "predict": _CALLS,
+        "update": _CALLS,
+        "parameters": listing(
+            record(
+                {
+                    "name": text(),
+                    "shape": listing(_SIZE, 8),
+                    "layout": listing(unsigned(7), 8),
+                    "offset": _SIZE,
+                }
+            ),
+            65_536,
+        ),
+    }
+)
