@@ -5,8 +5,6 @@ An error says what was found, and what to do. `exit_code` is what the command li
 6 image mismatch.
 """
 
-# ruff: noqa: N818 - an error is named after what happened (`EvidenceRejected`), which says more.
-
 from __future__ import annotations
 
 from typing import ClassVar
