@@ -1,0 +1,103 @@
+"""The two CPU levels an image can be built for.
+
+A level is part of the measured image: kernels and runtime are compiled for it and never ask the CPU at run time, so
+the cell compares `Cpu.features` with the machine before it starts one.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from myelin.errors import MyelinError
+
+_V3 = (
+    *("abm", "aes", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "pclmulqdq"),
+    *("popcnt", "rdrand", "rdseed", "sse4_1", "sse4_2", "ssse3", "xsave"),
+)
+_V4 = (
+    *_V3,
+    *("avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"),
+    *("sha_ni", "vaes", "vpclmulqdq"),
+)
+
+
+class CpuUnsupported(MyelinError):
+    """This machine, or this name, is none of the CPU levels that images are built for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cpu:
+    """A CPU level.
+
+    `level` names it, `features` are all instruction sets that kernels and runtime may use, named as in
+    /proc/cpuinfo, `lanes` is the number of float32 in a vector register.
+    """
+
+    level: str
+    features: tuple[str, ...]
+    lanes: int
+
+    @staticmethod
+    def named(level: str) -> Cpu:
+        """Gives the level called "x86-64-v3" or "x86-64-v4"; raises `CpuUnsupported` for others."""
+        for cpu in LEVELS:
+            if cpu.level == level:
+                return cpu
+        known = ", ".join(cpu.level for cpu in LEVELS)
+        raise CpuUnsupported(f"CPU level {level!r} is unknown; choose one of {known}")
+
+    @staticmethod
+    def native() -> Cpu:
+        """Gives the best level that this machine has; raises `CpuUnsupported` where it has none."""
+        present = machine_features()
+        for cpu in LEVELS:
+            if cpu.missing(present) == ():
+                return cpu
+        missing = " ".join(LEVELS[-1].missing(present))
+        raise CpuUnsupported(
+            f"this machine ({platform.machine()}) lacks CPU features of {LEVELS[-1].level}: {missing};"
+            " use an x86-64 machine of 2015 or later"
+        )
+
+    def missing(self, present: frozenset[str]) -> tuple[str, ...]:
+        """Lists the features of this level that are not among `present`."""
+        return tuple(feature for feature in self.features if feature not in present)
+
+    @property
+    def target(self) -> Any:
+        """The `tvm.target.Target` that compiles for this level on any machine."""
+        from tvm.target import Target
+
+        # LLVM prefers 256-bit vectors even where 512-bit ones are faster.
+        wide = ["-prefer-256-bit"] if self.lanes == 16 else []
+        return Target(
+            {
+                "kind": "llvm",
+                "mcpu": self.level,
+                "mattr": wide,
+                "mtriple": "x86_64-unknown-linux-gnu",
+            }
+        )
+
+
+# Best first.
+LEVELS = (
+    Cpu(level="x86-64-v4", features=tuple(sorted(_V4)), lanes=16),
+    Cpu(level="x86-64-v3", features=tuple(sorted(_V3)), lanes=8),
+)
+
+
+def machine_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """Reads the CPU features of this machine; empty where `cpuinfo` is missing or names none."""
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "flags":
+            return frozenset(value.split())
+    return frozenset()

@@ -1,0 +1,181 @@
+"""Compiles kernels to one relocatable object with a plain C ABI, or for TVM's own runtime.
+
+In the object every kernel is `int32_t name(void *a0, ...)`, one pointer a buffer, result 0 unless it failed. Shapes are
+not checked there: `argument_bytes` is what the caller has to check against, and `bounds.prove` shows that a kernel
+stays inside them.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import s_tir, tirx
+
+from myelin.cpu import Cpu
+from myelin.errors import MyelinError
+
+# What the enclave runtime supplies: two memory functions and TVM's backend calls, which the object reaches through
+# weak cells of one pointer each.
+ALLOWED = frozenset(
+    {
+        "memcpy",
+        "memset",
+        "__TVMBackendParallelLaunch",
+        "__TVMBackendAllocWorkspace",
+        "__TVMBackendFreeWorkspace",
+    }
+)
+MAX_ARGUMENTS = 14
+
+
+class KernelRefused(MyelinError):
+    """A kernel cannot go into an image: too many arguments, or a symbol that the runtime does not supply."""
+
+
+def build(kernels: Mapping[str, Any], cpu: Cpu) -> bytes:
+    """Compiles `kernels` (name to PrimFunc) to a relocatable ELF64 object for `cpu`.
+
+    Raises `KernelRefused` when a kernel has more than 14 arguments or leaves a symbol undefined that is not `ALLOWED`.
+    """
+    for name, kernel in kernels.items():
+        if len(kernel.params) > MAX_ARGUMENTS:
+            raise KernelRefused(
+                f"kernel {name} has {len(kernel.params)} arguments, the runtime passes at most {MAX_ARGUMENTS}"
+            )
+    module = tvm.get_global_func("target.build.llvm")(_lower(kernels, cpu, _c_abi), cpu.target)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernels.o")
+        module.write_to_file(str(path), "o")
+        code = path.read_bytes()
+    if foreign := undefined(code) - ALLOWED:
+        raise KernelRefused(
+            f"kernels leave {', '.join(sorted(foreign))} undefined; the enclave supplies only"
+            f" {', '.join(sorted(ALLOWED))}: use kernels.functions instead of library functions"
+        )
+    return code
+
+
+def library(kernels: Mapping[str, Any], cpu: Cpu) -> Any:
+    """Compiles the same kernels for TVM's runtime: `library(...)[name](tensor, ...)` runs one outside an enclave."""
+    return tvm.get_global_func("target.build.llvm")(_lower(kernels, cpu, _packed), cpu.target)
+
+
+def argument_bytes(kernel: Any) -> list[int]:
+    """Gives the size in bytes of every argument of a PrimFunc."""
+    return [_bytes(parameter) for parameter in kernel.params]
+
+
+def workspace_bytes(kernels: Mapping[str, Any], cpu: Cpu) -> int:
+    """Bounds the workspace in bytes that one thread slot needs for any of `kernels` (64-byte blocks, stacked)."""
+    needed = [0]
+    for function in _lower(kernels, cpu, _c_abi).functions.values():
+        total = 0
+
+        def visit(node: Any) -> None:
+            nonlocal total
+            if isinstance(node, tirx.Call) and node.op.name == "tirx.call_extern":  # noqa: B023
+                name = getattr(node.args[0], "value", "")
+                if name == "TVMBackendAllocWorkspace":
+                    total += -(-int(node.args[3].value) // 64) * 64
+
+        tirx.stmt_functor.post_order_visit(function.body, visit)
+        needed.append(total)
+    return max(needed)
+
+
+def undefined(code: bytes) -> set[str]:
+    """Lists the symbols that a little-endian ELF64 object needs from elsewhere, weak ones included."""
+    section_headers = struct.unpack_from("<Q", code, 0x28)[0]
+    header_size, count = struct.unpack_from("<HH", code, 0x3A)
+    sections = [
+        struct.unpack_from("<IIQQQQIIQQ", code, section_headers + header_size * i)
+        for i in range(count)
+    ]
+    names: set[str] = set()
+    for _, kind, _, _, offset, size, link, _, _, entry in sections:
+        if kind != 2:  # SHT_SYMTAB
+            continue
+        strings = sections[link][4]
+        for symbol in range(offset + entry, offset + size, entry):
+            name, _, _, section = struct.unpack_from("<IBBH", code, symbol)
+            if section == 0:
+                end = code.index(b"\0", strings + name)
+                names.add(code[strings + name : end].decode())
+    return names
+
+
+def _lower(kernels: Mapping[str, Any], cpu: Cpu, abi: Any) -> Any:
+    """Lowers PrimFuncs to what the code generator takes; `abi` is the pass that fixes how they are called."""
+    target = cpu.target
+    module = tvm.IRModule({n: f.with_attr("global_symbol", n) for n, f in kernels.items()})
+    # TVM's own list for a CPU without the passes that would change what we wrote: RewriteUnsafeSelect turns selects into
+    # branches on data, LoopPartition and HoistIfThenElse copy code.
+    passes = [
+        tirx.transform.BindTarget(target.with_host(target)),
+        s_tir.transform.CanonicalizeLoop(),
+        s_tir.transform.LowerInitBlock(),
+        s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
+        s_tir.transform.ConvertBlocksToOpaque(),
+        s_tir.transform.LowerMatchBuffer(),
+        s_tir.transform.StmtSimplify(),
+        s_tir.transform.LowerOpaqueBlock(),
+        tirx.transform.FlattenBuffer(),
+        tirx.transform.NarrowDataType(32),
+        tirx.transform.VectorizeLoop(True),
+        tirx.transform.StorageRewrite(),
+        tirx.transform.UnrollLoop(),
+        s_tir.transform.RenormalizeSplitPattern(),
+        tirx.transform.StmtSimplify(),
+        tirx.transform.RemoveNoOp(),
+        tirx.transform.CommonSubexprElim(),
+        tirx.transform.VerifyMemory(),
+        tirx.transform.AnnotateEntryFunc(),
+        tirx.transform.SplitHostDevice(),
+        abi(),
+        tirx.transform.FP8StorageLegalize(),
+        tirx.transform.LowerTVMBuiltin(),
+        tirx.transform.LowerIntrin(),
+    ]
+    with tvm.transform.PassContext(), target:
+        return tvm.ir.transform.Sequential(passes)(module)
+
+
+def _packed() -> Any:
+    return tirx.transform.MakePackedAPI()
+
+
+def _c_abi() -> Any:
+    @tvm.transform.module_pass(opt_level=0, name="CApi")
+    def transform(module: Any, _context: Any) -> Any:
+        return tvm.IRModule({g: _pointers(f) for g, f in module.functions.items()})
+
+    return transform
+
+
+def _pointers(function: Any) -> Any:
+    """Turns buffer parameters into pointers and returns 0."""
+    if not any(tirx.buffer.is_buffer_var(p) for p in function.params):
+        return function
+    pointers = [
+        tirx.Var(f"{p.name}_pointer", tvm.ir.PointerType(p.ty.dtype)) for p in function.params
+    ]
+    body = function.body
+    # LowerTVMBuiltin wants the device. `return` stays outside of this scope, or workspaces would never be freed.
+    for key, value in (("device_id", 0), ("device_type", 1)):
+        body = tirx.AttrStmt(
+            tvm.ir.StringImm("default"), key, tirx.const(value, "int32"), body
+        )
+    declared = [tirx.DeclBuffer(b, data=p) for b, p in zip(function.params, pointers, strict=True)]
+    body = tirx.SeqStmt([*declared, body, tirx.stmt.Return(tirx.const(0, "int32"))])
+    return tirx.PrimFunc(pointers, body, tvm.ir.PrimType("int32"), function.attrs)
+
+
+def _bytes(buffer: Any) -> int:
+    elements = math.prod(int(extent) for extent in buffer.ty.shape)
+    return elements * int(tvm.DataType(str(buffer.ty.dtype)).bits) // 8
