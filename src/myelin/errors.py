@@ -132,6 +132,10 @@ class ImageMismatch(MyelinError):
     exit_code = 6
 
 
+class ExchangeError(MyelinError):
+    """A file that somebody else should place in the exchange folder is missing."""
+
+
 class EnclaveRefused(MyelinError):
     """The enclave answered with a refusal; `reason` is one of docs/protocol.md."""
 
