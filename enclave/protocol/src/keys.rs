@@ -1,14 +1,12 @@
 //! The instance's keys, HPKE to a key, and the report data that binds them to evidence.
 
-use core::convert::Infallible;
-
 use hpke::aead::{AeadTag, AesGcm256};
 use hpke::kdf::HkdfSha256;
 use hpke::kem::{Kem, XWing};
 use hpke::{Deserializable, OpModeR, OpModeS, Serializable, setup_receiver, setup_sender_with_rng};
 use p256::ecdsa::Signature;
 use p256::ecdsa::signature::hazmat::PrehashSigner;
-use rand_core::{TryCryptoRng, TryRng};
+use rand_core::CryptoRng;
 use sha2::{Digest, Sha512};
 use zeroize::Zeroizing;
 
@@ -21,21 +19,15 @@ pub type Encapsulated = [u8; 1120];
 /// Bytes that HPKE adds to a plaintext.
 pub const TAG: usize = 16;
 
-/// Fills a slice with random bytes.
-pub trait Random {
-    /// Fills `out`.
-    fn fill(&mut self, out: &mut [u8]);
-}
-
 /// A secret P-256 signing key; wiped when dropped.
 pub struct SigningKey(p256::ecdsa::SigningKey);
 
 impl SigningKey {
     /// A fresh key. A draw outside the group order (probability 2⁻³²) is drawn again.
-    pub fn generate(random: &mut impl Random) -> Result<Self, Refusal> {
+    pub fn generate(random: &mut impl CryptoRng) -> Result<Self, Refusal> {
         let mut secret = Zeroizing::new([0; 32]);
         for _ in 0..8 {
-            random.fill(&mut *secret);
+            random.fill_bytes(&mut *secret);
             if let Ok(key) = p256::ecdsa::SigningKey::from_slice(&*secret) {
                 return Ok(SigningKey(key));
             }
@@ -67,9 +59,9 @@ impl HpkeKey {
     }
 
     /// A fresh key.
-    pub fn generate(random: &mut impl Random) -> Self {
+    pub fn generate(random: &mut impl CryptoRng) -> Self {
         let mut seed = Zeroizing::new([0; 32]);
-        random.fill(&mut *seed);
+        random.fill_bytes(&mut *seed);
         HpkeKey(seed)
     }
 
@@ -120,7 +112,7 @@ pub fn seal_to(
     label: &str,
     job: &[u8; 32],
     plaintext: &mut [u8],
-    random: &mut impl Random,
+    random: &mut impl CryptoRng,
 ) -> Result<(Encapsulated, [u8; TAG]), Refusal> {
     let receiver = public_key(receiver).ok_or(Refusal::HpkeFailed)?;
     let info = Info::new(label, job);
@@ -129,7 +121,7 @@ pub fn seal_to(
         &OpModeS::Base,
         &receiver,
         info.bytes(),
-        &mut Source(random),
+        random,
     )
     .and_then(|(encapsulated, mut context)| {
         encapsulated.write_exact(&mut enc);
@@ -177,29 +169,3 @@ impl Info {
         self.buffer.get(..self.length).unwrap_or_default()
     }
 }
-
-/// `Random` as the trait that HPKE wants.
-struct Source<'a, R>(&'a mut R);
-
-impl<R: Random> TryRng for Source<'_, R> {
-    type Error = Infallible;
-
-    fn try_next_u32(&mut self) -> Result<u32, Infallible> {
-        let mut out = [0; 4];
-        self.0.fill(&mut out);
-        Ok(u32::from_le_bytes(out))
-    }
-
-    fn try_next_u64(&mut self) -> Result<u64, Infallible> {
-        let mut out = [0; 8];
-        self.0.fill(&mut out);
-        Ok(u64::from_le_bytes(out))
-    }
-
-    fn try_fill_bytes(&mut self, out: &mut [u8]) -> Result<(), Infallible> {
-        self.0.fill(out);
-        Ok(())
-    }
-}
-
-impl<R: Random> TryCryptoRng for Source<'_, R> {}

@@ -21,7 +21,7 @@ pub use approval::approve;
 pub use envelope::{Envelope, Sign};
 pub use grant::{Grant, Granted};
 pub use job::{Image, JOB_BYTES, Job, Party, Privacy, Receive, Send, Slot};
-pub use keys::{Encapsulated, Hpke, HpkeKey, Random, SigningKey, report_data, seal_to};
+pub use keys::{Encapsulated, Hpke, HpkeKey, SigningKey, report_data, seal_to};
 pub use list::{List, MOST};
 pub use output::write_output;
 pub use receipt::{Receipt, Score};

@@ -1,10 +1,11 @@
 //! Output envelopes: the key of a sealed output, sealed to its receiver.
 
+use rand_core::CryptoRng;
 use zeroize::Zeroizing;
 
 use crate::cbor::writer;
 use crate::keys::{TAG, seal_to};
-use crate::{Job, Random, Refusal, Slot};
+use crate::{Job, Refusal, Slot};
 
 const KIND: &str = "myelin/output/1";
 /// Bytes of the plaintext map `{ "key": bytes(32) }`.
@@ -17,7 +18,7 @@ pub fn write_output(
     slot: Slot,
     party: usize,
     key: &[u8; 32],
-    random: &mut impl Random,
+    random: &mut impl CryptoRng,
 ) -> Result<usize, Refusal> {
     let mut ct = Zeroizing::new([0; SECRET + TAG]);
     writer(&mut *ct).map(1)?.str("key")?.bytes(key)?;

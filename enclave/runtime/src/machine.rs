@@ -23,12 +23,8 @@ pub trait Machine {
     fn entropy(&mut self, out: &mut [u8]) -> Result<(), Refusal>;
 
     /// Runs kernel `k` with arguments at (offset, bytes) of the arena; checks every range again.
-    fn call(
-        &mut self,
-        k: usize,
-        arena: &mut [u8],
-        arguments: &[(u32, u32)],
-    ) -> Result<(), Refusal>;
+    fn call(&mut self, k: usize, arena: &mut [u8], arguments: &[(u32, u32)])
+    -> Result<(), Refusal>;
 
     /// Splits `out` into chunks of `chunk` floats and runs `f(index, chunk)` on all thread slots.
     fn parallel_chunks(
@@ -37,4 +33,7 @@ pub trait Machine {
         chunk: usize,
         f: &(dyn Fn(usize, &mut [f32]) + Sync),
     );
+
+    /// Zeroes the workspaces: the session, which has handed them over, is done with them.
+    fn wipe(&mut self);
 }
