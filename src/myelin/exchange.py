@@ -1,7 +1,7 @@
 """The exchange folder: where parties and host leave files for each other.
 
-Nobody needs to trust it: every file in it is public, signed or sealed. A shared folder, a synchronised
-bucket or a memory stick will do. `N` is a party's index in the job.
+Nobody needs to trust it: every file in it is public, signed or sealed. A shared folder, a
+synchronised bucket or a memory stick will do. `N` is a party's index in the job.
 
     job.cbor  image.elf  model.json  weights.safetensors     the job and what it names
     approvals/N.cbor                                         each party
