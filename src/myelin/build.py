@@ -289,8 +289,8 @@ def _model_file(model: Model, recipe: Recipe) -> bytes:
     options = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     options["optimizer"] = optimizer_to_dict(recipe.optimizer)
     content = {
-        "type": "myelin/model/1",
-        "graph": json.loads(model.document()),
+        "type": "myelin/model-file/1",
+        "model": json.loads(model.document()),
         "recipe": options,
     }
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
@@ -301,14 +301,14 @@ def _read_model_file(document: bytes) -> tuple[Model, Recipe]:
         content = json.loads(document)
     except ValueError as error:
         raise UsageError(f"model file: not JSON ({error})") from error
-    if not isinstance(content, dict) or content.get("type") != "myelin/model/1":
-        raise UsageError("model file: its type is not myelin/model/1")
-    if set(content) != {"type", "graph", "recipe"} or not isinstance(content["recipe"], dict):
-        raise UsageError("model file: it must hold type, graph and recipe, nothing else")
+    if not isinstance(content, dict) or content.get("type") != "myelin/model-file/1":
+        raise UsageError("model file: its type is not myelin/model-file/1")
+    if set(content) != {"type", "model", "recipe"} or not isinstance(content["recipe"], dict):
+        raise UsageError("model file: it must hold type, model and recipe, nothing else")
     options = dict(content["recipe"])
     wanted = {field.name for field in fields(Recipe)}
     if set(options) != wanted:
         raise UsageError(f"model file: the recipe must hold exactly {', '.join(sorted(wanted))}")
     options["optimizer"] = optimizer_from_dict(options["optimizer"])
-    graph = json.dumps(content["graph"], sort_keys=True, separators=(",", ":")).encode()
+    graph = json.dumps(content["model"], sort_keys=True, separators=(",", ":")).encode()
     return Model.from_document(graph), Recipe(**options)
