@@ -179,7 +179,7 @@ class Model:
         env = {INPUT: relax.Var("x", _tensor((batch, *self.input)))}
         for name, shape in self.shapes.items():
             stored = shape[::-1] if name in self._linear_weights() else shape
-            env[name] = relax.Var(name, _tensor(stored))
+            env[name] = relax.Var(f"p_{name}", _tensor(stored))
         with builder.function("main", list(env.values())):
             with builder.dataflow():
                 for i, node in enumerate(self.nodes):
@@ -482,6 +482,10 @@ def _ints(count: int, least: int) -> Callable[[Any], bool]:
     return check
 
 
+def _dimensions(value: Any) -> bool:
+    return isinstance(value, tuple) and all(type(v) is int and v > 0 for v in value)
+
+
 def _epsilon(value: Any) -> bool:
     return type(value) is float and 0 < value < 1
 
@@ -511,7 +515,7 @@ OPERATORS: dict[str, Operator] = {
     ),
     "global_avg_pool2d": Operator({}, _infer_global, _emit_global),
     "add": Operator({}, _infer_add, _emit_add),
-    "reshape": Operator({"shape": lambda v: isinstance(v, tuple)}, _infer_reshape, _emit_reshape),
+    "reshape": Operator({"shape": _dimensions}, _infer_reshape, _emit_reshape),
     "concat": Operator(
         {"axis": lambda v: type(v) is int and v >= 0}, _infer_concat, _emit_concat
     ),
@@ -526,10 +530,10 @@ def load(source: Any, example: Any = None, *, seed: int | np.random.Generator | 
     `seed`: where the weights of `myelin.nn` layers are drawn from; the others bring their own.
     Raises UnsupportedLayer or ModelRefused, naming the layer, why, and what to do.
     """
-    from myelin import importers
-
     if hasattr(source, "build"):
         return _from_layers(source, example, seed)
+    from myelin import importers
+
     if isinstance(source, str | Path):
         return importers.from_onnx(Path(source), example)
     if any(base.__module__.startswith("torch.nn") for base in type(source).__mro__):
