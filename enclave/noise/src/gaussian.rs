@@ -4,10 +4,7 @@
 //! Nothing here branches, divides, looks up a table or calls a library on data, so time does not depend on the sums or
 //! the noise. Coefficients are Chebyshev interpolations made with mpmath; the relative error of c·r·z is about 2⁻⁵¹.
 
-#![allow(
-    clippy::arithmetic_side_effects,
-    reason = "vectors of floats do not panic"
-)]
+#![allow(clippy::arithmetic_side_effects, reason = "vectors of floats do not panic")]
 
 use safe_arch::{
     add_i64_m256i, blend_varying_m256d, cast_to_m256d_from_m256i, cast_to_m256i_from_m256d,
@@ -43,11 +40,7 @@ impl Scale {
         let grid = f64::from_bits((sigma / 32.0).to_bits() & 0xfff0_0000_0000_0000);
         let positive = noise_multiplier > 0.0 && max_grad_norm > 0.0 && expected_batch > 0.0;
         let bounded = grid > 3.1e-151 && grid < 3.2e150 && expected_batch < f64::INFINITY;
-        (positive && bounded).then_some(Self {
-            grid,
-            sigma,
-            divisor: expected_batch,
-        })
+        (positive && bounded).then_some(Self { grid, sigma, divisor: expected_batch })
     }
 
     /// Distance of neighbouring releases before the division: a power of two.
@@ -78,15 +71,9 @@ pub fn release(sums: &[f64], out: &mut [f32], scale: Scale, generator: &mut Gene
         }
         if let (false, Some(words)) = (last_sums.is_empty(), words.last()) {
             let mut padded = [0.0; GROUP];
-            padded
-                .iter_mut()
-                .zip(last_sums)
-                .for_each(|(to, from)| *to = *from);
+            padded.iter_mut().zip(last_sums).for_each(|(to, from)| *to = *from);
             let means = group(words, &padded, &factors);
-            last_out
-                .iter_mut()
-                .zip(means)
-                .for_each(|(to, from)| *to = from);
+            last_out.iter_mut().zip(means).for_each(|(to, from)| *to = from);
         }
     }
     words.zeroize();
@@ -120,10 +107,7 @@ fn group(words: &[u64; WORDS], sums: &[f64; GROUP], factors: &Factors) -> [f32; 
     let radius = radius(uniform(w0, w1)) * factors.spread;
     let (z0, z1) = direction(w2);
     let [s0, s1]: [[f64; 4]; 2] = bytemuck::cast(*sums);
-    bytemuck::cast([
-        mean(s0.into(), radius, z0, factors),
-        mean(s1.into(), radius, z1, factors),
-    ])
+    bytemuck::cast([mean(s0.into(), radius, z0, factors), mean(s1.into(), radius, z1, factors)])
 }
 
 /// k·g/divisor with k = round(S/g + radius·z). The integer part of S/g is set aside before the noise is added, so that
@@ -132,10 +116,7 @@ fn group(words: &[u64; WORDS], sums: &[f64; GROUP], factors: &Factors) -> [f32; 
 fn mean(sum: m256d, radius: m256d, z: m256d, factors: &Factors) -> [f32; 4] {
     let limit = 2_251_799_813_685_248.0; // 2⁵¹
     // The order of operands makes NaN 2⁵¹: the instruction returns its second operand then.
-    let a = max_m256d(
-        min_m256d(sum * factors.to_grid, splat(limit)),
-        splat(-limit),
-    );
+    let a = max_m256d(min_m256d(sum * factors.to_grid, splat(limit)), splat(-limit));
     let integer = round_even(a);
     let k = integer + round_even(fma(radius, z, a - integer));
     convert_to_m128_from_m256d(k * factors.step).into()
@@ -166,10 +147,7 @@ fn radius(u: m256d) -> m256d {
     let x = head + (tail + rest);
     // y = 1/sqrt(x) from the bits of x within 3.4 %, then two steps of higher order and one on the root itself. The
     // square-root instruction is faster, but not known to take the same time for every operand.
-    let y = as_float(sub(
-        bits(0x5fe6_eb50_c7b5_37a9),
-        shr_imm_u64_m256i::<1>(as_bits(x)),
-    ));
+    let y = as_float(sub(bits(0x5fe6_eb50_c7b5_37a9), shr_imm_u64_m256i::<1>(as_bits(x))));
     let e = fma(x * y, y * splat(-1.0), splat(1.0));
     let p = fma(fma(e, splat(0.3125), splat(0.375)), e, splat(0.5));
     let y = fma(y * e, p, y);
@@ -189,10 +167,7 @@ fn direction(w: m256i) -> (m256d, m256d) {
     let cos = fma(polynomial(&COS, t2), t2, splat(1.0));
     let cos = as_float(as_bits(cos) ^ shl_imm_u64_m256i::<63>(w));
     let swap = as_float(shl_imm_u64_m256i::<62>(w));
-    (
-        blend_varying_m256d(cos, sin, swap),
-        blend_varying_m256d(sin, cos, swap),
-    )
+    (blend_varying_m256d(cos, sin, swap), blend_varying_m256d(sin, cos, swap))
 }
 
 /// 52 random bits as a number of [1, 2).

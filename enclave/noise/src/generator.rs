@@ -22,10 +22,7 @@ pub struct Generator {
 impl Generator {
     /// A generator of the key `seed`, which must be uniform and used once.
     pub fn new(seed: &[u8; 32]) -> Self {
-        Self {
-            cipher: Aes256Enc::new(Array::cast_from_core(seed)),
-            counter: 0,
-        }
+        Self { cipher: Aes256Enc::new(Array::cast_from_core(seed)), counter: 0 }
     }
 
     /// Fills `out` with the next random bytes; what is left of the last block is thrown away.
@@ -57,8 +54,7 @@ impl Generator {
     pub fn child(&self, index: u64) -> Generator {
         let first = CHILDREN | u128::from(index) << 1;
         let mut key = [first.to_be_bytes(), (first | 1).to_be_bytes()];
-        self.cipher
-            .encrypt_blocks(Array::cast_slice_from_core_mut(&mut key));
+        self.cipher.encrypt_blocks(Array::cast_slice_from_core_mut(&mut key));
         let (halves, _) = key.as_flattened().as_chunks::<32>();
         let child = Generator::new(halves.first().unwrap_or(&[0; 32]));
         key.zeroize();
@@ -71,8 +67,7 @@ impl Generator {
             *block = self.counter.to_be_bytes();
             self.counter = self.counter.wrapping_add(1);
         }
-        self.cipher
-            .encrypt_blocks(Array::cast_slice_from_core_mut(blocks));
+        self.cipher.encrypt_blocks(Array::cast_slice_from_core_mut(blocks));
     }
 }
 

@@ -3,11 +3,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
-#[cfg(not(all(
-    target_feature = "avx2",
-    target_feature = "fma",
-    target_feature = "aes"
-)))]
+#[cfg(not(all(target_feature = "avx2", target_feature = "fma", target_feature = "aes")))]
 compile_error!(
     "build inside `enclave/`, whose .cargo/config.toml sets the CPU level, or through build.sh"
 );
