@@ -13,7 +13,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use libc::{MAP_ANONYMOUS, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE};
-use std::{ops::Range, ptr, slice};
+use std::{ops::Range, ptr, slice, sync::Arc};
 
 /// The gate's port, and where the KVM gate lies after the image's entry.
 const PORT: u16 = 0x10;
@@ -38,7 +38,7 @@ pub struct Vcpu {
     slot: usize,
     vcpu: VcpuFd,
     text: Range<usize>,
-    _vm: std::sync::Arc<VmFd>,
+    _vm: Arc<VmFd>,
 }
 
 /// Builds the machine around the loaded image.
@@ -87,7 +87,7 @@ pub fn slots(image: &Image, threads: usize) -> Result<Vec<Vcpu>, String> {
         unsafe { vm.set_user_memory_region(region) }
             .map_err(failed("giving memory to the machine"))?;
     }
-    let vm = std::sync::Arc::new(vm);
+    let vm = Arc::new(vm);
     (0..threads)
         .map(|slot| {
             let vcpu = vcpu(&kvm, &vm, slot)?;
@@ -131,18 +131,18 @@ impl Slot for Vcpu {
 impl Vcpu {
     fn explain(&self, end: &str) -> ! {
         let slot = self.slot;
-        let rip = self
-            .vcpu
-            .get_regs()
-            .map_or(0, |registers| registers.rip as usize);
+        let registers = self.vcpu.get_regs().unwrap_or_default();
+        let (mut rip, rcx) = (registers.rip as usize, registers.rcx as usize);
+        if rip == 0 {
+            rip = rcx.wrapping_sub(2); // a software KVM lets `syscall` jump to where nothing is, leaving its address
+        }
         let fault = self.vcpu.get_sregs().map_or(0, |registers| registers.cr2);
+        let what = match self.system_call(rip) {
+            true => "the enclave attempted a system call",
+            false => "the enclave faulted",
+        };
         sys::die(format_args!(
-            "{} (thread slot {slot}: {end}, instruction at {rip:#x}, last page fault at {fault:#x})",
-            if self.system_call(rip) {
-                "the enclave attempted a system call"
-            } else {
-                "the enclave faulted"
-            }
+            "{what} (thread slot {slot}: {end}, instruction at {rip:#x}, last page fault at {fault:#x})"
         ))
     }
 
@@ -258,7 +258,7 @@ impl Tables {
     fn map(&mut self, range: Range<usize>, entry: u64) -> Result<(), String> {
         let mut at = range.start;
         while at < range.end {
-            let large = at % HUGE_PAGE == 0 && range.end - at >= HUGE_PAGE;
+            let large = at.is_multiple_of(HUGE_PAGE) && range.end - at >= HUGE_PAGE;
             let (levels, bytes, kind) = if large {
                 (2, HUGE_PAGE, LARGE)
             } else {

@@ -1,0 +1,322 @@
+"""Start an enclave image in a cell, and carry requests to it and replies back.
+
+A cell is a child process (`cell/`, Rust) that maps the image, donates threads to it and confines
+it: backend `process` by seccomp, backend `kvm` in a virtual machine of its own. Whatever an image
+does ends the cell, never this process. Nothing that comes out of a cell is trusted: frames are
+bounded before they are read, text is cleaned before it is shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import re
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, NoReturn, Self
+
+from myelin.errors import CellDied, EnclaveRefused, UsageError
+
+Backend = Literal["process", "kvm"]
+
+MESSAGE_BYTES = 1 << 20
+"""The most that one request or reply may hold, operation or status included (docs/protocol.md)."""
+
+_LAST_WORDS = 0xFFFF_FFFF
+_LAST_WORDS_BYTES = 1024
+_ERROR_BYTES = 4096
+_REASON = re.compile(rb"[a-z0-9-]{1,64}")
+_KVM_GET_API_VERSION = 0xAE00
+_KVM_API_VERSION = 12
+_SIGNALS = {
+    signal.SIGSYS: "the enclave attempted a system call",
+    signal.SIGSEGV: "the enclave caused a memory fault, or used a privileged instruction",
+    signal.SIGBUS: "the enclave caused a memory fault, or the machine is out of huge pages",
+    signal.SIGILL: "the enclave used an instruction that this CPU does not have",
+    signal.SIGFPE: "the enclave caused an arithmetic fault",
+    signal.SIGTRAP: "the enclave hit a breakpoint instruction",
+    signal.SIGKILL: "it was killed from outside, perhaps because memory ran out",
+}
+
+
+def native_file(name: str) -> Path:
+    """The prebuilt binary `name`: `cell`, or `libmyelin_enclave-LEVEL.a`.
+
+    Raises `UsageError` when it has not been built.
+    """
+    path = Path(__file__).parent / "native" / name
+    if not path.is_file():
+        raise UsageError(f"{path} is missing; run `make setup` to build it, or install a wheel")
+    return path
+
+
+def backends() -> dict[Backend, str | None]:
+    """Every backend, and why it cannot be used on this machine; None where it can."""
+    machine = f"{platform.system()} {platform.machine()}"
+    linux = None if machine == "Linux x86_64" else f"needs Linux on x86-64, this is {machine}"
+    return {"process": linux, "kvm": linux or _kvm_problem()}
+
+
+def _kvm_problem() -> str | None:
+    try:
+        descriptor = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        return f"/dev/kvm does not open: {error.strerror}"
+    try:
+        version = fcntl.ioctl(descriptor, _KVM_GET_API_VERSION)
+    except OSError as error:
+        return f"/dev/kvm is not KVM: {error.strerror}"
+    finally:
+        os.close(descriptor)
+    wanted = _KVM_API_VERSION
+    return None if version == wanted else f"KVM has API version {version}, not {wanted}"
+
+
+class Cell:
+    """A running enclave image. A context manager; leaving it ends the cell and all it held.
+
+    `cores` are the cores its threads are pinned to, in the order of the slots; empty where they
+    could not be pinned, and then `unpinned` says why. `pid` is the process.
+    """
+
+    def __init__(
+        self,
+        image: Path,
+        *,
+        backend: Backend = "process",
+        threads: int,
+        features: Sequence[str],
+        timeout: float = 60.0,
+    ) -> None:
+        """Start `image` with `threads` thread slots on a CPU that must have `features`.
+
+        `features` are named as in /proc/cpuinfo. Raises `UsageError` for an unavailable backend and
+        `CellDied` when the cell does not say within `timeout` seconds that it is ready: the CPU
+        lacks a feature, the image is not one of docs/image.md, memory cannot be had.
+        """
+        problem = backends().get(backend, "no such backend")
+        if problem is not None:
+            raise UsageError(f"backend {backend!r} is not available: {problem}")
+        command = [str(native_file("cell")), "--backend", backend, "--threads", str(threads)]
+        command += ["--require", ",".join(features), str(Path(image).resolve())]
+        self._exchange = threading.Lock()
+        self._death: str | None = None
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = _Process(command, theirs)
+        self.pid = self._process.pid
+        try:
+            ready = json.loads(self._receive(time.monotonic() + timeout))
+            self.cores: tuple[int, ...] = tuple(ready["cores"])
+            self.unpinned: str | None = ready["unpinned"]
+        except BaseException:
+            self.close()
+            raise
+
+    def request(self, operation: int, body: bytes = b"", *, timeout: float | None = None) -> bytes:
+        """Send one operation and return the result, at most `MESSAGE_BYTES` less 4 each way.
+
+        Waits for ever, or `timeout` seconds. Raises `EnclaveRefused` when the enclave answers with
+        a refusal, `CellDied` when the cell has ended or had to be ended: a fault, a system call, a
+        reply that is none, no reply in time. `UsageError` when `body` is too long. Threads may
+        share a cell; their requests take turns.
+        """
+        if len(body) > MESSAGE_BYTES - 4:
+            raise UsageError(
+                f"a request of {len(body) + 4} bytes is too long: at most {MESSAGE_BYTES}"
+            )
+        frame = struct.pack("<II", len(body) + 4, operation) + body
+        with self._exchange:
+            if self._death is not None:
+                raise CellDied(self._death)
+            try:
+                deadline = None if timeout is None else time.monotonic() + timeout
+                self._send(frame, deadline)
+                reply = self._receive(deadline)
+            except CellDied:
+                raise
+            except BaseException:
+                # Interrupted between request and reply: the next reply would be the wrong one.
+                self._end("it was ended, because a request was interrupted")
+                raise
+            if reply[:4] == bytes(4):
+                return reply[4:]
+            if len(reply) < 4 or not _REASON.fullmatch(reply, 4):
+                self._die("it sent a reply without status or reason, and was killed")
+            raise EnclaveRefused(reply[4:].decode("ascii"))
+
+    def close(self) -> None:
+        """End the cell, if it still runs, and wait until it is gone. Its memory goes with it."""
+        self._end("it was closed")
+        with self._exchange:
+            self._socket.close()
+
+    def __enter__(self) -> Self:
+        """The running cell."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the cell."""
+        self.close()
+
+    def _send(self, frame: bytes, deadline: float | None) -> None:
+        try:
+            self._limit(deadline)
+            self._socket.sendall(frame)
+        except TimeoutError:
+            self._die("it took no request in time, and was killed")
+        except OSError:
+            # It ended while we wrote; what it said, if anything, is still to be read.
+            self._receive(deadline)
+            self._die("it stopped listening, and was killed")
+
+    def _receive(self, deadline: float | None) -> bytes:
+        """The next message. Raises `CellDied` when there is none."""
+        try:
+            (length,) = struct.unpack("<I", self._read(4, deadline))
+            if length == _LAST_WORDS:
+                self._die(self._last_words())
+            if length > MESSAGE_BYTES:
+                self._die(f"it sent a frame of {length} bytes, more than 1 MiB, and was killed")
+            return self._read(length, deadline)
+        except TimeoutError:
+            self._die("it sent no reply in time, and was killed")
+        except (EOFError, ConnectionError):
+            self._process.wait(1.0)
+            self._die(self._process.explanation())
+
+    def _last_words(self) -> str:
+        """What follows up to the end of the stream, which is near unless the image forges it."""
+        deadline = time.monotonic() + 1.0
+        words = b""
+        try:
+            while len(words) < _LAST_WORDS_BYTES:
+                words += self._read(1, deadline)
+        except (EOFError, OSError):
+            pass
+        return _printable(words) or "it gave no reason"
+
+    def _read(self, count: int, deadline: float | None) -> bytes:
+        buffer = bytearray(count)
+        view = memoryview(buffer)
+        while view:
+            self._limit(deadline)
+            got = self._socket.recv_into(view)
+            if got == 0:
+                raise EOFError
+            view = view[got:]
+        return bytes(buffer)
+
+    def _limit(self, deadline: float | None) -> None:
+        if deadline is None:
+            self._socket.settimeout(None)
+            return
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+
+    def _die(self, reason: str) -> NoReturn:
+        self._end(reason)
+        raise CellDied(self._death)
+
+    def _end(self, reason: str) -> None:
+        if self._death is None:
+            self._death = f"the cell has ended: {reason}"
+        self._process.kill()
+        # Wakes a thread that still waits for a reply; the descriptor is closed when none does.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+
+class _Process:
+    """A child process with a thread that starts it, keeps what it says on stderr, and reaps it.
+
+    The kernel ends a cell together with the thread that started it (PR_SET_PDEATHSIG), so that no
+    cell outlives its host: that thread must live as long as the cell, and callers' threads may not.
+    """
+
+    def __init__(self, command: Sequence[str], channel: socket.socket) -> None:
+        self._errors = b""
+        self._gone = threading.Event()
+        started: list[subprocess.Popen[bytes] | OSError] = []
+        running = threading.Event()
+        self._keeper = threading.Thread(
+            target=self._keep, args=(command, channel, started, running), daemon=True
+        )
+        self._keeper.start()
+        running.wait()
+        if isinstance(started[0], OSError):
+            self._keeper.join()
+            raise CellDied(f"the cell did not start: {started[0]}")
+        self._child = started[0]
+        self.pid = self._child.pid
+
+    def _keep(
+        self,
+        command: Sequence[str],
+        channel: socket.socket,
+        started: list[subprocess.Popen[bytes] | OSError],
+        running: threading.Event,
+    ) -> None:
+        try:
+            child = subprocess.Popen(
+                command,
+                stdin=channel.fileno(),
+                stdout=channel.fileno(),
+                stderr=subprocess.PIPE,
+                env={},
+                cwd="/",
+                start_new_session=True,  # an interrupt from the terminal is for the host alone
+            )
+        except OSError as error:
+            started.append(error)
+            running.set()
+            return
+        started.append(child)
+        running.set()
+        with child:
+            assert child.stderr is not None
+            self._errors = child.stderr.read(_ERROR_BYTES)
+            while child.stderr.read(_ERROR_BYTES):
+                pass
+        self._gone.set()
+
+    def wait(self, seconds: float) -> None:
+        self._gone.wait(seconds)
+
+    def kill(self) -> None:
+        """End it and wait until it is reaped."""
+        if not self._gone.is_set():
+            self._child.kill()
+        self._keeper.join()
+
+    def explanation(self) -> str:
+        """Why it ended, as far as exit status and stderr tell."""
+        status = self._child.returncode
+        if status is None:
+            return "it closed its end, and was killed"
+        if status < 0:
+            number = signal.Signals(-status)
+            return f"{_SIGNALS.get(number, 'it was ended by a signal')} ({number.name})"
+        return _printable(self._errors) or f"it left with exit status {status} and gave no reason"
+
+
+def _printable(text: bytes) -> str:
+    """Text from a cell without anything that a terminal would obey."""
+    return re.sub(r"[^\x20-\x7e]+", " ", text.decode("ascii", "replace")).strip()
