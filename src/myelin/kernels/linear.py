@@ -216,7 +216,9 @@ def _product(
                     for r in range(tile_rows):
                         factor = left_tile(tile, r, at) if left_tile else left(row + r, at)
                         for offset, lanes in vectors_wide:
-                            term = splat(factor, lanes) * load(packed, panel, at, offset, lanes=lanes)
+                            term = splat(factor, lanes) * load(
+                                packed, panel, at, offset, lanes=lanes
+                            )
                             store(sums[r], load(sums[r], offset, lanes=lanes) + term, offset)
             if totals is not sums:
                 for r in range(tile_rows):

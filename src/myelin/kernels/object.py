@@ -168,9 +168,7 @@ def _pointers(function: Any) -> Any:
     body = function.body
     # LowerTVMBuiltin wants the device. `return` stays outside of this scope, or workspaces would never be freed.
     for key, value in (("device_id", 0), ("device_type", 1)):
-        body = tirx.AttrStmt(
-            tvm.ir.StringImm("default"), key, tirx.const(value, "int32"), body
-        )
+        body = tirx.AttrStmt(tvm.ir.StringImm("default"), key, tirx.const(value, "int32"), body)
     declared = [tirx.DeclBuffer(b, data=p) for b, p in zip(function.params, pointers, strict=True)]
     body = tirx.SeqStmt([*declared, body, tirx.stmt.Return(tirx.const(0, "int32"))])
     return tirx.PrimFunc(pointers, body, tvm.ir.PrimType("int32"), function.attrs)

@@ -11,6 +11,7 @@ Vectors have exactly the width that is asked for, 1 included, so that a tail is 
 
 from __future__ import annotations
 
+import operator
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -116,7 +117,9 @@ def pieces(extent: int, lanes: int) -> list[tuple[int, int]]:
     return [(at, min(lanes, extent - at)) for at in range(0, extent, lanes)]
 
 
-def blocks(extent: int, block: int, loop: Callable[[int], Any] = serial) -> Iterator[tuple[Any, int]]:
+def blocks(
+    extent: int, block: int, loop: Callable[[int], Any] = serial
+) -> Iterator[tuple[Any, int]]:
     """Loops over `extent` in blocks: the body is emitted once for full blocks and once for the rest, if there is one.
 
     Gives (offset, size). Use as `for at, size in blocks(...)` without break.
@@ -138,11 +141,11 @@ def vectors(extent: int, lanes: int, unroll: int = 4) -> Iterator[tuple[Any, int
             yield at + offset, width
 
 
-def total(buffer: Any, extent: int) -> Any:
-    """Adds the elements of a small local buffer as a balanced tree."""
+def total(buffer: Any, extent: int, add: Callable[[Any, Any], Any] = operator.add) -> Any:
+    """Adds (or combines otherwise) the elements of a small local buffer as a balanced tree."""
     terms = [buffer[i] for i in range(extent)]
     while len(terms) > 1:
-        pairs = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
+        pairs = [add(a, b) for a, b in zip(terms[::2], terms[1::2], strict=False)]
         terms = pairs + terms[len(pairs) * 2 :]
     return terms[0]
 

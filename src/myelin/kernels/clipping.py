@@ -1,0 +1,175 @@
+"""Clip factors and clipped sums.
+
+c_i = mask_i · min(1, C / n̂_i), where n̂_i is an upper bound of the true norm of example i's gradient: every squared norm
+is first raised by what rounding can have taken away. A norm that is not finite gives exactly 0, and an example
+with c_i = 0 adds exactly zero to every sum, whatever its gradient holds.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from myelin.cpu import Cpu
+from myelin.kernels.functions import is_finite
+from myelin.kernels.tir import (
+    Kernel,
+    blocks,
+    gamma,
+    load,
+    local,
+    number,
+    pieces,
+    select,
+    serial,
+    splat,
+    store,
+    tasks,
+)
+from myelin.kernels.update import HYPER
+
+
+def clip_factors(
+    cpu: Cpu,
+    n: int,
+    terms: int,
+    grams: int = 0,
+    *,
+    inflation: Sequence[float],
+    kappa: Sequence[float] = (),
+) -> Any:
+    """mask[n], hyper[16], s_1[n] … s_terms[n], then (s[n], t[n]) of each gram layer → c[n], with C = hyper[0].
+
+    n̂² = Σ s_j · (1 + inflation_j) + Σ (s_g + kappa_g · t_g), raised by the rounding of this sum itself. `inflation` is
+    what the kernel that made s_j states (`linear.squared_norm_inflation`); `kappa` bounds the error of a gram
+    norm's square relative to t = |X|²·|D|². A kernel takes at most 14 arguments: add up further
+    layers with `norm_sum`, whose result is a term with inflation 0.
+    """
+    with Kernel(mask=(n,), hyper=(HYPER,), **_norm_buffers(n, terms, grams), c=(n,)) as kernel:
+        mask, hyper, *norms, c = kernel.buffers
+        threshold = T.bind(load(hyper, 0))
+        for at, lanes in blocks(n, cpu.lanes):
+            square = _upper_bound(norms, at, lanes, terms, inflation, kappa)
+            factor = splat(threshold, lanes) / T.sqrt(square)
+            factor = T.min(factor, splat(1.0, lanes))
+            counted = T.And(is_finite(square), load(mask, at, lanes=lanes) > splat(0.0, lanes))
+            store(c, select(counted, factor, splat(0.0, lanes)), at)
+    return kernel.function
+
+
+def norm_sum(
+    cpu: Cpu,
+    n: int,
+    terms: int,
+    grams: int = 0,
+    *,
+    inflation: Sequence[float],
+    kappa: Sequence[float] = (),
+) -> Any:
+    """s_1[n] … s_terms[n], then (s[n], t[n]) of each gram layer → u[n], an upper bound of the sum of squared norms."""
+    with Kernel(**_norm_buffers(n, terms, grams), u=(n,)) as kernel:
+        *norms, u = kernel.buffers
+        for at, lanes in blocks(n, cpu.lanes):
+            store(u, _upper_bound(norms, at, lanes, terms, inflation, kappa), at)
+    return kernel.function
+
+
+def weighted_sum(cpu: Cpu, n: int, m: int) -> Any:
+    """g[n, m], c[n] → out[m] = Σ_i c_i · g_i, added in float64 and rounded once."""
+    with Kernel(g=(n, m), c=(n,), out=(m,)) as kernel:
+        g, c, out = kernel.buffers
+
+        def loop(extent: int) -> Any:
+            return tasks(extent, 3 * n * -(-m // cpu.lanes))
+
+        for first, size in blocks(m, 4 * cpu.lanes, loop):
+            sums = [
+                (local(lanes, dtype="float64"), at, lanes) for at, lanes in pieces(size, cpu.lanes)
+            ]
+            for part, _, lanes in sums:
+                store(part, splat(T.float64(0.0), lanes), 0)
+            with serial(n) as i:
+                weight = T.bind(load(c, i))
+                for part, at, lanes in sums:
+                    kept = select(
+                        splat(weight, lanes) != splat(0.0, lanes),
+                        load(g, i, first + at, lanes=lanes),
+                        splat(0.0, lanes),
+                    )
+                    term = _double(kept, lanes) * splat(T.Cast("float64", weight), lanes)
+                    store(part, load(part, 0, lanes=lanes) + term, 0)
+            for part, at, lanes in sums:
+                kind = "float32" if lanes == 1 else f"float32x{lanes}"
+                store(out, T.Cast(kind, load(part, 0, lanes=lanes)), first + at)
+    return kernel.function
+
+
+def weighted_sum_additions(_n: int) -> int:
+    """Bounds the float32 roundings of `weighted_sum` over the examples: one, and one for float64's share."""
+    return 2
+
+
+def mask_rows(cpu: Cpu, n: int, m: int) -> Any:
+    """d[n, m], c[n] → d with exact zeros in the rows where c is 0, NaN and infinity included."""
+    with Kernel(d=(n, m), c=(n,), out=(n, m)) as kernel:
+        d, c, out = kernel.buffers
+        with tasks(n, n * -(-m // cpu.lanes)) as row:
+            weight = T.bind(load(c, row))
+            for at, lanes in blocks(m, cpu.lanes):
+                keep = splat(weight, lanes) != splat(0.0, lanes)
+                value = load(d, row, at, lanes=lanes)
+                store(out, select(keep, value, splat(0.0, lanes)), row, at)
+    return kernel.function
+
+
+def _norm_buffers(n: int, terms: int, grams: int) -> dict[str, tuple[int, ...]]:
+    names = [f"s_{j}" for j in range(terms)]
+    names += [f"{kind}_gram_{j}" for j in range(grams) for kind in ("s", "t")]
+    return {name: (n,) for name in names}
+
+
+def _upper_bound(
+    norms: Sequence[Any],
+    at: Any,
+    lanes: int,
+    terms: int,
+    inflation: Sequence[float],
+    kappa: Sequence[float],
+) -> Any:
+    """Adds squared norms so that the result is at least the true sum."""
+    grams = (len(norms) - terms) // 2
+    if len(inflation) != terms or len(kappa) != grams:
+        raise ValueError(
+            f"{terms} norms need as many inflations, {grams} gram norms as many kappas;"
+            f" got {len(inflation)} and {len(kappa)}"
+        )
+    # Each term sees at most this many roundings here, the root and the division by it included.
+    own = gamma(terms + 2 * grams + 8)
+    # A product that was flushed to zero lost less than the smallest normal number.
+    bound = splat(len(norms) * 2.0**-125, lanes)
+    for norm, excess in zip(norms[:terms], inflation, strict=True):
+        factor = number(_round_up((1 + excess) * (1 + own)))
+        bound = bound + load(norm, at, lanes=lanes) * factor
+    for j, excess in enumerate(kappa):
+        square = load(norms[terms + 2 * j], at, lanes=lanes)
+        largest = load(norms[terms + 2 * j + 1], at, lanes=lanes)
+        # Cancellation can leave a negative square.
+        raised = square + largest * number(_round_up(excess * (1 + own)))
+        bound = bound + T.max(raised, splat(0.0, lanes)) * number(_round_up(1 + own))
+    return T.bind(bound)
+
+
+def _double(value: Any, lanes: int) -> Any:
+    return T.Cast("float64" if lanes == 1 else f"float64x{lanes}", value)
+
+
+def _round_up(value: float) -> float:
+    """The smallest float32 that is at least `value` (positive)."""
+    nearest = float(struct.unpack("<f", struct.pack("<f", value))[0])
+    if nearest >= value:
+        return nearest
+    bits = struct.unpack("<I", struct.pack("<f", nearest))[0] + 1
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
