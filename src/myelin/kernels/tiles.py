@@ -1,4 +1,4 @@
-"""What convolution and pooling kernels are written with: vector widths, loop splits, register tiles.
+"""What convolution and pooling kernels are written with: vectors, loop splits, register tiles.
 
 Kernels are built by calling TVM's IR builder from plain Python, so that every loop bound, vector
 width and offset is a Python number of the layer's shape: no masks, no tails left to the compiler.
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tvm.script.ir_builder import IRBuilder
-from tvm.script.ir_builder import tirx as T  # noqa: N812
+from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 if TYPE_CHECKING:
@@ -20,11 +20,10 @@ Expression = Any  # a TIR expression or a Python number
 
 def kernel(name: str, body: Callable[[], None]) -> PrimFunc:
     """The function `name`; `body` declares its arguments (`argument`) and emits its loops."""
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"tirx.noalias": True})
-            body()
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True})
+        body()
     return builder.get()
 
 
@@ -131,9 +130,7 @@ class Tile:
     def cells(self) -> Iterator[tuple[int, int, int, int]]:
         """(row, vector, offset of the vector, its width) of every accumulator."""
         for row in range(self.rows):
-            for vector, (offset, width) in enumerate(
-                zip(offsets(self.widths), self.widths, strict=True)
-            ):
+            for vector, (offset, width) in enumerate(self.vectors()):
                 yield row, vector, offset, width
 
     def __getitem__(self, cell: tuple[int, int]) -> Expression:
@@ -150,18 +147,17 @@ class Tile:
         for row, vector, _, width in self.cells():
             self.set(row, vector, zero(width, self.dtype))
 
-    def add_outer(
-        self, column: Callable[[int], Expression], row: Callable[[int, int], Expression]
-    ) -> None:
-        """Adds column(row) · row(offset, width) to every accumulator: one step of a product."""
-        operands = [
-            T.bind(row(offset, width))
-            for offset, width in zip(offsets(self.widths), self.widths, strict=True)
-        ]
-        scalars = [T.bind(column(index)) for index in range(self.rows)]
-        for index, vector, _, width in self.cells():
-            product = broadcast(scalars[index], width) * operands[vector]
-            self.set(index, vector, self[index, vector] + product)
+    def vectors(self) -> list[tuple[int, int]]:
+        """(offset, width) of every vector of a row."""
+        return list(zip(offsets(self.widths), self.widths, strict=True))
+
+    def add_outer(self, column: Sequence[Expression], row: Sequence[Expression]) -> None:
+        """Adds column[r] · row[v] to every accumulator (r, v): one step of a matrix product."""
+        operands = [T.bind(vector) for vector in row]
+        for index, scalar in enumerate(column):
+            value = T.bind(scalar)
+            for vector, width in enumerate(self.widths):
+                self.add(index, vector, broadcast(value, width) * operands[vector])
 
     def add(self, row: int, vector: int, value: Expression) -> None:
         """Adds to one accumulator."""
