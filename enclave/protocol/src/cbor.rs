@@ -43,6 +43,11 @@ impl<'b> Reader<'b> {
         }
     }
 
+    /// Bytes read so far.
+    pub fn position(&self) -> usize {
+        self.decoder.position()
+    }
+
     /// An unsigned integer.
     pub fn unsigned(&mut self) -> Result<u64, Refusal> {
         let start = self.decoder.position();

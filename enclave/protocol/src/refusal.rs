@@ -12,6 +12,11 @@ macro_rules! refusals {
             /// Every refusal, in order of status.
             pub const ALL: &[Refusal] = &[$(Refusal::$variant),*];
 
+            /// Its status on the wire.
+            pub const fn status(self) -> u32 {
+                (self as u32).saturating_add(1)
+            }
+
             /// The ASCII reason that goes to the host.
             pub const fn reason(self) -> &'static str {
                 match self { $(Refusal::$variant => $reason),* }
