@@ -8,19 +8,8 @@ from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
 from myelin.kernels import functions
-from myelin.kernels.tir import (
-    Kernel,
-    blocks,
-    load,
-    local,
-    number,
-    select,
-    splat,
-    store,
-    tasks,
-    total,
-    vectors,
-)
+from myelin.kernels.reduce import normalise
+from myelin.kernels.tir import Kernel, blocks, load, number, select, splat, store, tasks
 
 
 def cross_entropy_adjoint(cpu: Cpu, n: int, classes: int) -> Any:
@@ -31,28 +20,15 @@ def cross_entropy_adjoint(cpu: Cpu, n: int, classes: int) -> Any:
     """
     with Kernel(logits=(n, classes), y=((n,), "int32"), d=(n, classes)) as kernel:
         logits, y, d = kernel.buffers
-        lanes = min(cpu.lanes, classes)
         # About thirty operations a vector for the exponential.
-        with tasks(n, 30 * n * -(-classes // lanes)) as row:
-            top, sums = local(lanes), local(lanes)
-            store(top, splat(-3.4028234e38, lanes), 0)
-            store(sums, splat(0.0, lanes), 0)
-            for at, width in vectors(classes, lanes):
-                here = load(top, 0, lanes=width)
-                store(top, T.max(here, load(logits, row, at, lanes=width)), 0)
-            highest = T.bind(total(top, lanes, T.max))
-            for at, width in blocks(classes, lanes):
-                value = load(logits, row, at, lanes=width) - splat(highest, width)
-                power = T.bind(functions.exp(value))
-                store(d, power, row, at)
-                store(sums, load(sums, 0, lanes=width) + power, 0)
-            scale = T.bind(number(1.0) / total(sums, lanes))
+        with tasks(n, 30 * n * -(-classes // cpu.lanes)) as row:
+            normalise(cpu, logits, d, row, classes)
             label = T.bind(load(y, row))
             valid = T.And(label >= 0, label < classes)
-            for at, width in blocks(classes, lanes):
+            for at, width in blocks(classes, cpu.lanes):
                 target = splat(label, width) == T.Ramp(at, 1, width) if width > 1 else label == at
                 hot = select(target, splat(1.0, width), splat(0.0, width))
-                value = load(d, row, at, lanes=width) * splat(scale, width) - hot
+                value = load(d, row, at, lanes=width) - hot
                 store(d, select(splat(valid, width), value, splat(float("nan"), width)), row, at)
     return kernel.function
 
