@@ -17,23 +17,22 @@ Results have the stored layouts: convolution weights flat in the order height, w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from tvm import relax
 from tvm.relax import op
 
+from myelin.kernels import clipping as clip_kernels
 from myelin.kernels import conv as conv_kernels
 from myelin.kernels import linear as linear_kernels
 from myelin.kernels.conv import Conv
-from myelin.training import HYPER, Layer, Recipe, kernel, layers, rebuild
+from myelin.training import HYPER, Layer, Recipe, kernel, layers, rebuild, returned
 
 Method = Literal["product", "stored", "gram"]
 
-TERMS = 8
-"""Norm terms that one kernel adds up; more are added before (a kernel has at most 14 arguments)."""
-
-_UNIT = 2.0**-24
+NORMS = 11
+"""Norms that one kernel takes: 14 arguments less mask, hyper and the result."""
 
 
 def clip_and_sum(module: Any, recipe: Recipe) -> Any:
@@ -43,18 +42,22 @@ def clip_and_sum(module: Any, recipe: Recipe) -> Any:
     batch = int(function.params[0].ty.shape[0])
     mask = relax.Var("mask", relax.TensorType((batch,), "float32"))
     hyper = relax.Var("hyper", relax.TensorType((HYPER,), "float32"))
-    inputs: dict[Any, Any] = {layer.x: layer.x for layer in found}
+    adjoints = list(returned(function).fields)
+    norms = _Norms()
+    later: dict[int, Callable[[Any], Any]] = {}
+    env: dict[Any, Any] = {p: p for p in function.params}
 
     def rule(builder: Any, var: Any, value: Any) -> Any:
-        new = builder.emit(value, var.name)
-        if var in inputs:
-            inputs[var] = new
-        return new
+        env[var] = builder.emit(value, var.name)
+        # As soon as an adjoint is there: what stored gradients were made of is free early.
+        for layer, adjoint in zip(found, adjoints, strict=True):
+            if adjoint.same_as(var):
+                _gather(builder, layer, env[layer.x], env[var], norms, later, recipe)
+        return env[var]
 
-    def finish(builder: Any, result: Any) -> Any:
-        adjoints = list(result.fields)
-        pairs = [(layer, inputs[layer.x], d) for layer, d in zip(found, adjoints, strict=True)]
-        return _sums(builder, pairs, mask, hyper, recipe)
+    def finish(builder: Any, _: Any) -> Any:
+        c = mask if recipe.clipping == "none" else norms.factors(builder, mask, hyper, batch)
+        return [builder.emit(later[i](c), f"g_{name}") for i, name in enumerate(recipe.names)]
 
     return relax.transform.DeadCodeElimination()(
         rebuild(function, [*function.params, mask, hyper], rule, finish)
@@ -86,7 +89,7 @@ def methods(module: Any, recipe: Recipe) -> list[tuple[str, str]]:
 
 def additions(module: Any, recipe: Recipe) -> int:
     """Longest chain of float32 roundings between examples' clipped gradients and their sum."""
-    longest = 1
+    longest = clip_kernels.weighted_sum_additions(1)
     for layer in layers(module["main"], recipe):
         n = _shape(layer.x)[0]
         how = method(layer, recipe)
@@ -129,6 +132,11 @@ def fixed(value: float) -> int:
     return math.ceil(value * 2**52)
 
 
+def real(number: int) -> float:
+    """The inverse of `fixed`."""
+    return number * 2.0**-52
+
+
 class _Norms:
     """Squared norms gathered layer by layer: terms, and Gram pairs with their bounds."""
 
@@ -137,37 +145,26 @@ class _Norms:
         self.grams: list[tuple[Any, Any, float]] = []
 
     def factors(self, builder: Any, mask: Any, hyper: Any, batch: int) -> Any:
-        """c[batch]; terms beyond what one kernel takes are added up first, bounds growing with it."""
+        """c[batch]; norms beyond what one kernel takes are added up to upper bounds first."""
         terms, grams = list(self.terms), list(self.grams)
-        while len(terms) > TERMS - 2 * bool(grams):
-            (a, bound_a), (b, bound_b), *terms = terms
-            terms.append((builder.emit(op.add(a, b)), max(bound_a, bound_b) + 2 * _UNIT))
-        while len(grams) > 1:
-            (s, t, kappa), (s2, t2, kappa2), *grams = grams
-            both = max(kappa, kappa2) + 4 * _UNIT
-            grams.append((builder.emit(op.add(s, s2)), builder.emit(op.add(t, t2)), both))
-        arguments = [s for s, _ in terms] + [v for s, t, _ in grams for v in (s, t)]
-        bounds = [fixed(b) for _, b in terms] + [fixed(k) for _, _, k in grams]
-        call = kernel(
-            "clip-factors",
-            [mask, hyper, *arguments],
-            [(batch,)],
-            [len(terms), len(grams), *bounds],
-        )
+        while len(terms) + 2 * len(grams) > NORMS:
+            some, grams = grams[: NORMS // 2], grams[NORMS // 2 :]
+            few, terms = terms[: NORMS - 2 * len(some)], terms[NORMS - 2 * len(some) :]
+            arguments, numbers = _arguments(few, some)
+            call = kernel("norm-sum", arguments, [(batch,)], numbers)
+            terms.append((builder.emit(call, "norm"), 0.0))
+        arguments, numbers = _arguments(terms, grams)
+        call = kernel("clip-factors", [mask, hyper, *arguments], [(batch,)], numbers)
         return builder.emit(call, "c")
 
 
-def _sums(
-    builder: Any, pairs: Sequence[tuple[Layer, Any, Any]], mask: Any, hyper: Any, recipe: Recipe
-) -> list[Any]:
-    """Emit norms, factors and sums; one sum a parameter, in the order of `recipe.names`."""
-    batch = _shape(mask)[0]
-    norms = _Norms()
-    later: dict[int, Any] = {}  # parameter → function of c that emits its sum
-    for layer, x, d in pairs:
-        _gather(builder, layer, x, d, norms, later, recipe)
-    c = mask if recipe.clipping == "none" else norms.factors(builder, mask, hyper, batch)
-    return [builder.emit(later[i](c), f"g_{name}") for i, name in enumerate(recipe.names)]
+def _arguments(
+    terms: Sequence[tuple[Any, float]], grams: Sequence[tuple[Any, Any, float]]
+) -> tuple[list[Any], list[int]]:
+    """Operands and attributes (number of terms, of grams, their bounds) of a kernel on norms."""
+    arguments = [s for s, _ in terms] + [v for s, t, _ in grams for v in (s, t)]
+    limits = [fixed(bound) for _, bound in terms] + [fixed(kappa) for *_, kappa in grams]
+    return arguments, [len(terms), len(grams), *limits]
 
 
 def _gather(
@@ -176,7 +173,7 @@ def _gather(
     x: Any,
     d: Any,
     norms: _Norms,
-    later: dict[int, Any],
+    later: dict[int, Callable[[Any], Any]],
     recipe: Recipe,
 ) -> None:
     batch = _shape(x)[0]
@@ -212,7 +209,7 @@ def _gather(
     later[layer.weight] = lambda c: kernel("conv-gradient", [x, d, c], [(conv.weights,)], numbers)
 
 
-def _stored_sum(builder: Any, d: Any, size: int, norms: _Norms) -> Any:
+def _stored_sum(builder: Any, d: Any, size: int, norms: _Norms) -> Callable[[Any], Any]:
     """Sums of d over all but the last `size` numbers of an example: stored, with their norm."""
     batch, *rest = _shape(d)
     pixels = math.prod(rest) // size

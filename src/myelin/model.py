@@ -522,7 +522,7 @@ OPERATORS: dict[str, Operator] = {
 }
 
 
-def load(source: Any, example: Any = None, *, seed: int | np.random.Generator | None = None) -> Model:
+def load(source: Any, example: Any = None, *, seed: int | np.random.Generator = 0) -> Model:
     """Read a model.
 
     `source`: a `torch.nn.Module`, the path of an .onnx file, a layer of `myelin.nn`, or a Relax module.
@@ -546,9 +546,9 @@ def load(source: Any, example: Any = None, *, seed: int | np.random.Generator | 
     )
 
 
-def _from_layers(layer: Any, example: Any, seed: int | np.random.Generator | None) -> Model:
-    if example is None or seed is None:
-        raise ModelRefused("layers of myelin.nn need an example's shape and a seed for the weights")
+def _from_layers(layer: Any, example: Any, seed: int | np.random.Generator) -> Model:
+    if example is None:
+        raise ModelRefused("layers of myelin.nn need an example, or its shape")
     shape = tuple(example) if isinstance(example, tuple) else tuple(np.shape(example)[1:])
     builder = Builder(shape)
     layer.build(builder, "", INPUT, np.random.default_rng(seed))

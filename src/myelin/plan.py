@@ -1,0 +1,939 @@
+"""From a training graph to a list of kernel calls on one arena.
+
+`compile_training` lowers the Relax functions of `myelin.training` operator by operator: `TEMPLATES`
+is the one place where an operator's kernel is chosen. Images are stored channels last (NHWC),
+everything else as Relax sees it; elementwise chains become one kernel; temporaries share memory by
+a linear scan over their lifetimes. The result, a `Program`, is what an image is built from
+(docs/image.md) and what `Outside` runs through TVM's own runtime, for tests and baselines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tvm import relax
+
+from myelin import clipping, training
+from myelin.cpu import Cpu
+from myelin.errors import DataRefused, ModelRefused
+from myelin.kernels import elementwise, functions, layout, linear, loss, reduce
+from myelin.kernels import clipping as clip_kernels
+from myelin.kernels import conv as conv_kernels
+from myelin.kernels import object as kernel_object
+from myelin.kernels.conv import Conv
+from myelin.kernels.tir import select
+from myelin.model import Model
+from myelin.optimizer import Optimizer
+from myelin.training import HYPER, Recipe, bindings, operands, operator, returned
+from myelin.weights import Parameter, align, flat_size, pack, place
+
+Array = npt.NDArray[np.float32]
+Shape = tuple[int, ...]
+
+ARENA_LIMIT = (1 << 32) - 64
+"""Bytes of an arena: the enclave keeps offsets in 32 bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A kernel and where its arguments lie, as byte offsets into the arena."""
+
+    kernel: str
+    offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """All that an image holds of a model: kernels, calls, and where things lie (docs/image.md).
+
+    `buffers` maps x, y, mask, hyper, weights, gradient, state and output to (offset, bytes) in an
+    arena of `arena` bytes. `features` is the number of float32 of one example, `additions` the
+    longest chain of float32 additions over the examples of one physical batch.
+    """
+
+    kernels: Mapping[str, Any]
+    gradient: tuple[Call, ...]
+    predict: tuple[Call, ...]
+    update: tuple[Call, ...]
+    buffers: Mapping[str, tuple[int, int]]
+    arena: int
+    parameters: tuple[Parameter, ...]
+    batch: int
+    outputs: int
+    features: int
+    label_bytes: int
+    loss: str
+    optimizer: Optimizer
+    additions: int
+    clipping: tuple[tuple[str, str], ...]
+
+    def description(self) -> dict[str, Any]:
+        """The parts of an image's description that come from here, but for scalars."""
+        index = {name: i for i, name in enumerate(self.kernels)}
+        return {
+            "kernels": [
+                {"name": name, "args": kernel_object.argument_bytes(kernel)}
+                for name, kernel in self.kernels.items()
+            ],
+            **{
+                phase: [[index[call.kernel], *call.offsets] for call in calls]
+                for phase, calls in (
+                    ("gradient", self.gradient),
+                    ("predict", self.predict),
+                    ("update", self.update),
+                )
+            },
+            "buffers": {name: list(where) for name, where in self.buffers.items()},
+            "parameters": [parameter.document() for parameter in self.parameters],
+            "clipping": [{"layer": layer, "norm": norm} for layer, norm in self.clipping],
+        }
+
+
+def compile_training(
+    model: Model,
+    *,
+    loss: str,
+    optimizer: Optimizer,
+    batch: int,
+    cpu: Cpu,
+    private: bool = True,
+    dump: Path | None = None,
+) -> Program:
+    """Derive the training graph of `model` and plan it for physical batches of `batch` examples.
+
+    `private=False` leaves norms and factors out and sums the unmasked examples' gradients: a
+    baseline, never an image. `dump` receives the IR after each pass, one file each. Raises
+    ModelRefused or UnsupportedLayer, or BoundsError where a kernel cannot be shown to be safe.
+    """
+    recipe = Recipe(
+        names=tuple(model.shapes),
+        loss=training.check_loss(loss),
+        clipping="per-example" if private else "none",
+    )
+    if batch < 1:
+        raise ModelRefused(f"a physical batch has at least 1 example, not {batch}")
+    if loss == "cross-entropy" and model.outputs < 2:
+        raise ModelRefused("cross-entropy needs 2 outputs or more: use binary-cross-entropy for one")
+    recorder = _Recorder(dump)
+    forward = model.relax(batch)
+    recorder("import", forward)
+    graph = training.training_graph(forward, recipe, record=recorder)
+    return _plan(model, forward, graph, recipe, optimizer, batch, cpu, recorder)
+
+
+def _plan(
+    model: Model,
+    forward: Any,
+    graph: Any,
+    recipe: Recipe,
+    optimizer: Optimizer,
+    batch: int,
+    cpu: Cpu,
+    recorder: _Recorder,
+) -> Program:
+    parameters = place({n: (s, model.layout(n)) for n, s in model.shapes.items()})
+    weights = flat_size(parameters)
+    features = math.prod(model.input)
+    label_bytes = 4 if recipe.loss == "cross-entropy" else 4 * model.outputs
+    sizes = {
+        "x": 4 * batch * features,
+        "y": batch * label_bytes,
+        "mask": 4 * batch,
+        "hyper": 4 * HYPER,
+        "weights": 4 * weights,
+        "gradient": 4 * weights,
+        "state": 4 * optimizer.state(weights),
+        "output": 4 * batch * model.outputs,
+    }
+    base, buffers = 0, {}
+    for name, size in sizes.items():
+        buffers[name] = (base, size)
+        base = align(base + size)
+
+    def fixed(name: str) -> Buffer:
+        return Buffer(bytes=sizes[name], offset=buffers[name][0])
+
+    def inside(name: str) -> list[Value]:
+        at = buffers[name][0]
+        return [
+            Value(Buffer(bytes=p.bytes, offset=at + p.offset), p.stored) for p in parameters
+        ]
+
+    library = Kernels(cpu=cpu)
+    x = Value(fixed("x"), (batch, *model.input))
+    labels = Value(fixed("y"), (batch,) if label_bytes == 4 else (batch, model.outputs))
+    mask, hyper = Value(fixed("mask"), (batch,)), Value(fixed("hyper"), (HYPER,))
+    weight_values = inside("weights")
+    output = Value(fixed("output"), (batch, model.outputs))
+
+    gradient = Lowering(library, graph["main"])
+    gradient.run([x, *weight_values, labels, mask, hyper], inside("gradient"))
+    predict = Lowering(library, forward["main"])
+    predict.run([x, *weight_values], [output])
+    update = library.add("update", ("update",), lambda: optimizer.kernel(cpu, weights))
+    steps = [fixed(name).offset for name in ("weights", "state", "gradient", "hyper")]
+
+    ends = [allocate(lowering.steps, base) for lowering in (gradient, predict)]
+    arena = max(base, *ends)
+    if arena > ARENA_LIMIT:
+        raise ModelRefused(
+            f"the training graph needs {arena >> 20} MiB at batch {batch}, an arena has at most "
+            f"{ARENA_LIMIT >> 20}: use a smaller physical batch"
+        )
+    program = Program(
+        kernels=dict(library.functions),
+        gradient=gradient.calls(),
+        predict=predict.calls(),
+        update=(Call(kernel=update, offsets=tuple(offset or 0 for offset in steps)),),
+        buffers=buffers,
+        arena=arena,
+        parameters=parameters,
+        batch=batch,
+        outputs=model.outputs,
+        features=features,
+        label_bytes=label_bytes,
+        loss=recipe.loss,
+        optimizer=optimizer,
+        additions=clipping.additions(forward, recipe),
+        clipping=tuple(clipping.methods(forward, recipe)),
+    )
+    recorder.program(program)
+    return program
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Memory of a value: bytes, and its offset in the arena once it is known."""
+
+    bytes: int
+    offset: int | None = None
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value in memory: its buffer, and its shape as stored (images batch, height, width, channels)."""
+
+    buffer: Buffer
+    stored: Shape
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """An elementwise operator that has not been computed: its users compute it."""
+
+    call: Any
+    stored: Shape
+
+
+@dataclass(kw_only=True)
+class Kernels:
+    """The kernels of a program, each shape once."""
+
+    cpu: Cpu
+    functions: dict[str, Any] = field(default_factory=dict)
+    _names: dict[Any, str] = field(default_factory=dict)
+
+    def add(self, label: str, key: tuple[Any, ...], build: Callable[[], Any]) -> str:
+        """The name of the kernel with this key, built if it is new."""
+        if key not in self._names:
+            name = f"k{len(self.functions)}_{label}"
+            self._names[key] = name
+            self.functions[name] = build().with_attr("global_symbol", name)
+        return self._names[key]
+
+
+class Lowering:
+    """Turns one Relax function into kernel calls."""
+
+    def __init__(self, library: Kernels, function: Any) -> None:
+        """Prepare for `run`; kernels go to `library`."""
+        self.library = library
+        self.cpu = library.cpu
+        self.function = function
+        self.steps: list[tuple[str, tuple[Buffer, ...]]] = []
+        self.values: dict[Any, Value | Lazy | tuple[Value, ...]] = {}
+        self.places: dict[Any, Value] = {}
+        self._padded: dict[tuple[int, Conv], Value] = {}
+        self._biased: dict[Any, tuple[Any, Any]] = {}
+        self._uses: dict[Any, list[Any]] = {}
+
+    def run(self, arguments: Sequence[Value], results: Sequence[Value]) -> None:
+        """Lower the whole function; arguments and results lie where the caller says."""
+        self._find_uses()
+        for var, value in zip(self.function.params, arguments, strict=True):
+            self.values[var] = self._argument(var, value)
+        result = returned(self.function)
+        outputs = list(result.fields) if isinstance(result, relax.Tuple) else [result]
+        aliases = {b.var: b.value for b in bindings(self.function) if isinstance(b.value, relax.Var)}
+        for output, place_ in zip(outputs, results, strict=True):
+            while output in aliases:
+                output = aliases[output]  # noqa: PLW2901
+            self.places[output] = place_
+        for binding in bindings(self.function):
+            self._lower(binding.var, binding.value)
+        for output, place_ in self.places.items():
+            found = self.value(output)
+            if found.buffer is not place_.buffer:
+                self._copy(found, place_)
+
+    def calls(self) -> tuple[Call, ...]:
+        """The calls, once every buffer has its offset."""
+        return tuple(
+            Call(kernel=name, offsets=tuple(_placed(b) for b in buffers))
+            for name, buffers in self.steps
+        )
+
+    def value(self, var: Any) -> Value:
+        """A variable in memory; computes it if it was put off."""
+        found = self.values[var]
+        if isinstance(found, Lazy):
+            found = self._materialise(var, found)
+            self.values[var] = found
+        if isinstance(found, tuple):
+            raise ModelRefused(f"a tuple of {len(found)} values is used as one")
+        return found
+
+    def new(self, var: Any, stored: Shape) -> Value:
+        """Memory for a result: where the caller wants it, or a temporary."""
+        wanted = self.places.get(var)
+        if wanted is not None and wanted.buffer.bytes == 4 * math.prod(stored):
+            return Value(wanted.buffer, stored)
+        return Value(Buffer(bytes=4 * math.prod(stored)), stored)
+
+    def emit(
+        self,
+        label: str,
+        key: tuple[Any, ...],
+        build: Callable[[], Any],
+        inputs: Sequence[Value],
+        outputs: Sequence[Value],
+    ) -> None:
+        """Append a call: inputs, then a scratch vector where the template has one, then outputs."""
+        name = self.library.add(label, key, build)
+        sizes = kernel_object.argument_bytes(self.library.functions[name])
+        scratch = sizes[len(inputs) : len(sizes) - len(outputs)]
+        buffers = [
+            *(v.buffer for v in inputs),
+            *(Buffer(bytes=size) for size in scratch),
+            *(v.buffer for v in outputs),
+        ]
+        if [b.bytes for b in buffers] != sizes:
+            raise ModelRefused(
+                f"kernel {name} takes {sizes} bytes, the graph gives {[b.bytes for b in buffers]}"
+            )
+        self.steps.append((name, tuple(buffers)))
+
+    # What templates ask.
+
+    def padded(self, x: Value, conv: Conv) -> Value:
+        """x within the zero border that the convolution reads; one copy serves all its kernels."""
+        if not any(conv.padding):
+            return x
+        key = (id(x.buffer), conv)
+        if key not in self._padded:
+            xp = Value(
+                Buffer(bytes=4 * conv.n * conv.hp * conv.wp * conv.ci),
+                (conv.n, conv.hp, conv.wp, conv.ci),
+            )
+            build = lambda: conv_kernels.pad(self.cpu, conv)  # noqa: E731
+            self.emit("pad", ("pad", conv), build, [x], [xp])
+            self._padded[key] = xp
+        return self._padded[key]
+
+    def bias(self, var: Any) -> Value | None:
+        """The bias that is added to `var` and nothing else: the kernel adds it."""
+        return self.value(self._biased[var][1]) if var in self._biased else None
+
+    def finish(self, var: Any, y: Value) -> None:
+        """Record a result, for the sum with its bias as well where the kernel added it."""
+        self.values[var] = y
+        if var in self._biased:
+            self.values[self._biased[var][0]] = y
+
+    def target(self, var: Any) -> Any:
+        """The variable that holds the result in the end: the sum with its bias where there is one."""
+        return self._biased[var][0] if var in self._biased else var
+
+    def transpose(self, x: Value, shape: Shape, axes: Shape, stored: Shape) -> Value:
+        """A copy of x, seen as `shape`, with permuted axes."""
+        y = Value(Buffer(bytes=x.buffer.bytes), stored)
+        build = lambda: layout.transpose(self.cpu, shape, axes)  # noqa: E731
+        self.emit("transpose", ("transpose", shape, axes), build, [x], [y])
+        return y
+
+    # Walking the function.
+
+    def _copy(self, x: Value, y: Value) -> None:
+        shape = (math.prod(x.stored),)
+        build = lambda: elementwise.map(self.cpu, [shape], shape, lambda a: a)  # noqa: E731
+        self.emit("copy", ("copy", shape), build, [x], [y])
+
+    def _argument(self, var: Any, value: Value) -> Value:
+        shape = _dims(var)
+        if len(shape) == 4 and var.same_as(self.function.params[0]):
+            n, c, h, w = shape
+            if c == 1 or h * w == 1:
+                return Value(value.buffer, (n, h, w, c))
+            return self.transpose(value, (n, c, h * w), (0, 2, 1), (n, h, w, c))
+        return value
+
+    def _find_uses(self) -> None:
+        weights = set(self.function.params[1:])
+        for b in bindings(self.function):
+            for operand in operands(b.value):
+                self._uses.setdefault(operand, []).append(b.var)
+            if operator(b.value) == "relax.reshape" and b.value.args[0] in weights:
+                weights.add(b.var)
+        result = returned(self.function)
+        for output in result.fields if isinstance(result, relax.Tuple) else [result]:
+            self._uses.setdefault(output, []).append(None)
+        products = {
+            b.var
+            for b in bindings(self.function)
+            if operator(b.value) in ("relax.matmul", "relax.nn.conv2d")
+        }
+        for b in bindings(self.function):
+            if operator(b.value) != "relax.add":
+                continue
+            y, bias = b.value.args
+            if y in products and bias in weights and len(self._uses[y]) == 1:
+                self._biased[y] = (b.var, bias)
+
+    def _lower(self, var: Any, value: Any) -> None:
+        if var in self.values:
+            return
+        if isinstance(value, relax.Var):
+            self.values[var] = self.values[value]
+        elif isinstance(value, relax.TupleGetItem):
+            whole = self.values[value.tuple_value]
+            assert isinstance(whole, tuple)
+            self.values[var] = whole[value.index]
+        elif isinstance(value, relax.Tuple):
+            return
+        elif operator(value) in ELEMENTWISE:
+            stored = _stored(_dims(var))
+            self.values[var] = Lazy(value, stored)
+            if self._keeps(var):
+                self.value(var)
+        else:
+            template = TEMPLATES.get(_template(value))
+            if template is None:
+                raise ModelRefused(f"no kernel for {_template(value)}")
+            template(self, var, value)
+
+    def _keeps(self, var: Any) -> bool:
+        """Whether an elementwise result must be in memory: anything but one elementwise user."""
+        if var.ty.dtype == "bool":
+            return False
+        uses = self._uses.get(var, [])
+        readers = {b.var: b.value for b in bindings(self.function)} if len(uses) == 1 else {}
+        return not (
+            len(uses) == 1 and uses[0] is not None and operator(readers[uses[0]]) in ELEMENTWISE
+        )
+
+    def _materialise(self, var: Any, lazy: Lazy) -> Value:
+        inputs: list[Value] = []
+        key, build = self._expression(lazy.call, inputs)
+        out = self.new(var, lazy.stored)
+        shapes = [v.stored for v in inputs]
+        self.emit(
+            "map",
+            ("map", tuple(shapes), lazy.stored, key),
+            lambda: elementwise.map(
+                self.cpu, shapes, lazy.stored, lambda *loaded: build(loaded)
+            ),
+            inputs,
+            [out],
+        )
+        return out
+
+    def _expression(
+        self, call: Any, inputs: list[Value]
+    ) -> tuple[Any, Callable[[Sequence[Any]], Any]]:
+        """A key of the expression and what builds it from the loaded inputs."""
+        keys, builds = [], []
+        for operand in call.args:
+            if isinstance(operand, relax.Constant):
+                number = float(operand.data.numpy())
+                keys.append(number)
+                builds.append(lambda _, number=number: number)
+                continue
+            found = self.values[operand]
+            if isinstance(found, Lazy):
+                key, build = self._expression(found.call, inputs)
+                keys.append(key)
+                builds.append(build)
+                continue
+            value = self.value(operand)
+            if value not in inputs:
+                inputs.append(value)
+            at = inputs.index(value)
+            keys.append(("in", at))
+            builds.append(lambda loaded, at=at: loaded[at])
+        function = ELEMENTWISE[operator(call)]
+        return (operator(call), *keys), lambda loaded: function(*(b(loaded) for b in builds))
+
+
+def allocate(steps: Sequence[tuple[str, tuple[Buffer, ...]]], base: int) -> int:
+    """Give every temporary an offset from `base` on: first fit among those alive; returns the end.
+
+    A buffer lives from the first step that names it to the last one; steps are run in order.
+    """
+    lives: dict[int, tuple[Buffer, int, int]] = {}
+    for i, (_, buffers) in enumerate(steps):
+        for b in buffers:
+            if b.offset is None:
+                _, first, _ = lives.get(id(b), (b, i, i))
+                lives[id(b)] = (b, first, i)
+    end = base
+    alive: list[tuple[int, int, int]] = []  # (offset, end, last step)
+    for b, first, last in lives.values():
+        alive = sorted(entry for entry in alive if entry[2] >= first)
+        at = base
+        for start, stop, _ in alive:
+            if at + b.bytes <= start:
+                break
+            at = max(at, align(stop))
+        b.offset = at
+        alive.append((at, at + b.bytes, last))
+        end = max(end, align(at + b.bytes))
+    return end
+
+
+# Operators and their kernels.
+
+
+ELEMENTWISE: dict[str, Callable[..., Any]] = {
+    "relax.add": lambda a, b: a + b,
+    "relax.subtract": lambda a, b: a - b,
+    "relax.multiply": lambda a, b: a * b,
+    "relax.divide": lambda a, b: a / b,
+    "relax.negative": lambda a: 0.0 - a,
+    "relax.exp": functions.exp,
+    "relax.tanh": functions.tanh,
+    "relax.sigmoid": functions.sigmoid,
+    "relax.erf": functions.erf,
+    "relax.greater": lambda a, b: a > b,
+    "relax.where": select,
+    "relax.nn.relu": lambda a: select(a > 0.0, a, 0.0),
+    "relax.nn.silu": lambda a: a * functions.sigmoid(a),
+    "relax.nn.gelu": lambda a: a * 0.5 * (functions.erf(a * math.sqrt(0.5)) + 1.0),
+    "relax.nn.gelu_tanh": lambda a: (
+        a
+        * 0.5
+        * (functions.tanh(a * (a * a * 0.044715 + 1.0) * math.sqrt(2 / math.pi)) + 1.0)
+    ),
+}
+"""Elementwise operators as expressions; chains of them become one kernel."""
+
+
+def _matmul(low: Lowering, var: Any, call: Any) -> None:
+    a, b = call.args
+    rows = _dims(a)
+    transposed = low.values.get(b)
+    if isinstance(transposed, _Transposed):
+        # The adjoint of a product: d · wᵀ, with w where it is stored.
+        n, k = transposed.value.stored[1], transposed.value.stored[0]
+        m = math.prod(rows[:-1])
+        out = low.new(var, (*rows[:-1], k))
+        build = lambda: linear.backward_data(low.cpu, m, k, n)  # noqa: E731
+        inputs = [low.value(a), transposed.value]
+        low.emit("linear_backward", ("linear_backward", m, k, n), build, inputs, [out])
+        low.values[var] = out
+        return
+    x, w, bias = low.value(a), low.value(b), low.bias(var)
+    m, (k, n) = math.prod(rows[:-1]), w.stored
+    out = low.new(low.target(var), (*rows[:-1], n))
+    build = lambda: linear.matmul(low.cpu, m, k, n, bias=bias is not None)  # noqa: E731
+    inputs = [x, w] if bias is None else [x, w, bias]
+    low.emit("linear", ("linear", m, k, n, bias is None), build, inputs, [out])
+    low.finish(var, out)
+
+
+@dataclass(frozen=True)
+class _Transposed:
+    value: Value
+
+
+def _permute_dims(low: Lowering, var: Any, call: Any) -> None:
+    low.values[var] = _Transposed(low.value(call.args[0]))  # type: ignore[assignment]
+
+
+def _conv2d(low: Lowering, var: Any, call: Any) -> None:
+    conv = _conv_of(_dims(call.args[0]), _dims(call.args[1]), call.attrs)
+    bias = low.bias(var)
+    x = low.padded(low.value(call.args[0]), conv)
+    w = low.value(call.args[1])
+    out = low.new(low.target(var), (conv.n, conv.oh, conv.ow, conv.co))
+    build = lambda: conv_kernels.forward(low.cpu, conv, bias=bias is not None)  # noqa: E731
+    inputs = [x, w] if bias is None else [x, w, bias]
+    low.emit("conv", ("conv", conv, bias is None), build, inputs, [out])
+    low.finish(var, out)
+
+
+def _conv2d_transpose(low: Lowering, var: Any, call: Any) -> None:
+    # The derivative of a convolution with respect to its input; var has the input's shape.
+    conv = _conv_of(_dims(var), _dims(call.args[1]), call.attrs)
+    d, w = low.value(call.args[0]), low.value(call.args[1])
+    out = low.new(var, (conv.n, conv.h, conv.w, conv.ci))
+    build = lambda: conv_kernels.backward_data(low.cpu, conv)  # noqa: E731
+    low.emit("conv_backward", ("conv_backward", conv), build, [d, w], [out])
+    low.values[var] = out
+
+
+def _reshape(low: Lowering, var: Any, call: Any) -> None:
+    x = low.value(call.args[0])
+    old, new = _dims(call.args[0]), _dims(var)
+    if old == new:
+        low.values[var] = x
+        return
+    if len(old) == 4 and not _same_order(old):
+        n, c, h, w = old
+        x = low.transpose(x, (n, h * w, c), (0, 2, 1), (n, c, h, w))
+    if len(new) == 4 and not _same_order(new):
+        n, c, h, w = new
+        low.values[var] = low.transpose(x, (n, c, h * w), (0, 2, 1), (n, h, w, c))
+        return
+    low.values[var] = Value(x.buffer, _stored(new))
+
+
+def _concat(low: Lowering, var: Any, call: Any) -> None:
+    parts = [low.value(part) for part in call.args[0].fields]
+    axis = _stored_axis(int(call.attrs.axis), len(_dims(var)))
+    shapes = tuple(part.stored for part in parts)
+    out = low.new(var, _stored(_dims(var)))
+    build = lambda: layout.concat(low.cpu, shapes, axis)  # noqa: E731
+    low.emit("concat", ("concat", shapes, axis), build, parts, [out])
+    low.values[var] = out
+
+
+def _split(low: Lowering, var: Any, call: Any) -> None:
+    x = low.value(call.args[0])
+    rank = len(_dims(call.args[0]))
+    axis = _stored_axis(int(call.attrs.axis) % rank, rank)
+    shapes = tuple(_stored(tuple(int(d) for d in ty.shape)) for ty in var.ty.fields)
+    outs = [Value(Buffer(bytes=4 * math.prod(shape)), shape) for shape in shapes]
+    build = lambda: layout.split(low.cpu, shapes, axis)  # noqa: E731
+    low.emit("split", ("split", shapes, axis), build, [x], outs)
+    low.values[var] = tuple(outs)
+
+
+def _adjoint(low: Lowering, var: Any, call: Any) -> None:
+    """The loss's derivative at the logits."""
+    name = _template(call)
+    logits, y = (low.value(v) for v in _operands(call))
+    n, outputs = logits.stored
+    template = {
+        "myelin.cross-entropy-adjoint": loss.cross_entropy_adjoint,
+        "myelin.binary-cross-entropy-adjoint": loss.binary_cross_entropy_adjoint,
+        "myelin.mean-squared-error-adjoint": loss.mean_squared_error_adjoint,
+    }[name]
+    out = low.new(var, logits.stored)
+    build = lambda: template(low.cpu, n, outputs)  # noqa: E731
+    low.emit("loss", (name, n, outputs), build, [logits, y], [out])
+    low.values[var] = out
+
+
+def _linear_norm(low: Lowering, var: Any, call: Any) -> None:
+    x, d = (low.value(v) for v in _operands(call))
+    (bias,) = _attributes(call)
+    (m, k), n = x.stored, d.stored[1]
+    out = low.new(var, (m,))
+    build = lambda: linear.squared_norm(low.cpu, m, k, n, bias=bool(bias))  # noqa: E731
+    low.emit("linear_norm", ("linear_norm", m, k, n, bias), build, [x, d], [out])
+    low.values[var] = out
+
+
+def _linear_gradient(low: Lowering, var: Any, call: Any) -> None:
+    x, d, c = (low.value(v) for v in _operands(call))
+    (m, k), n = x.stored, d.stored[1]
+    out = low.new(var, (k, n))
+    build = lambda: linear.weighted_gradient(low.cpu, m, k, n)  # noqa: E731
+    low.emit("linear_gradient", ("linear_gradient", m, k, n), build, [x, d, c], [out])
+    low.values[var] = out
+
+
+def _bias_gradient(low: Lowering, var: Any, call: Any) -> None:
+    d, c = (low.value(v) for v in _operands(call))
+    m, n = d.stored
+    out = low.new(var, (n,))
+    build = lambda: linear.weighted_bias(low.cpu, m, n)  # noqa: E731
+    low.emit("bias_gradient", ("bias_gradient", m, n), build, [d, c], [out])
+    low.values[var] = out
+
+
+def _conv_stored(low: Lowering, var: Any, call: Any) -> None:
+    conv = clipping.from_fields(_attributes(call))
+    x, d = (low.value(v) for v in _operands(call))
+    outs = _pair(low, (conv.n, conv.weights), (conv.n,))
+    build = lambda: conv_kernels.stored_gradient(low.cpu, conv)  # noqa: E731
+    low.emit("conv_stored", ("conv_stored", conv), build, [low.padded(x, conv), d], outs)
+    low.values[var] = outs
+
+
+def _conv_gram(low: Lowering, var: Any, call: Any) -> None:
+    conv = clipping.from_fields(_attributes(call))
+    x, d = (low.value(v) for v in _operands(call))
+    outs = _pair(low, (conv.n,), (conv.n,))
+    build = lambda: conv_kernels.gram_norm(low.cpu, conv)  # noqa: E731
+    low.emit("conv_gram", ("conv_gram", conv), build, [low.padded(x, conv), d], outs)
+    low.values[var] = outs
+
+
+def _conv_gradient(low: Lowering, var: Any, call: Any) -> None:
+    conv = clipping.from_fields(_attributes(call))
+    x, d, c = (low.value(v) for v in _operands(call))
+    out = low.new(var, (conv.weights,))
+    build = lambda: conv_kernels.weighted_gradient(low.cpu, conv)  # noqa: E731
+    low.emit("conv_gradient", ("conv_gradient", conv), build, [low.padded(x, conv), d, c], [out])
+    low.values[var] = out
+
+
+def _bias_stored(low: Lowering, var: Any, call: Any) -> None:
+    n, pixels, size = _attributes(call)
+    (d,) = (low.value(v) for v in _operands(call))
+    outs = _pair(low, (n, size), (n,))
+    build = lambda: conv_kernels.stored_bias(low.cpu, n, pixels, size)  # noqa: E731
+    low.emit("bias_stored", ("bias_stored", n, pixels, size), build, [d], outs)
+    low.values[var] = outs
+
+
+def _weighted_sum(low: Lowering, var: Any, call: Any) -> None:
+    g, c = (low.value(v) for v in _operands(call))
+    n, m = g.stored
+    out = low.new(var, (m,))
+    build = lambda: clip_kernels.weighted_sum(low.cpu, n, m)  # noqa: E731
+    low.emit("weighted_sum", ("weighted_sum", n, m), build, [g, c], [out])
+    low.values[var] = out
+
+
+def _norms(low: Lowering, var: Any, call: Any) -> None:
+    """Clip factors, or the sum of some of the norms before."""
+    terms, grams, *limits = _attributes(call)
+    name = _template(call)
+    template = clip_kernels.clip_factors if name == "myelin.clip-factors" else clip_kernels.norm_sum
+    inputs = [low.value(v) for v in _operands(call)]
+    (n,) = _dims(var)
+    bounds_ = [clipping.real(limit) for limit in limits]
+    out = low.new(var, (n,))
+    build = lambda: template(  # noqa: E731
+        low.cpu, n, terms, grams, inflation=bounds_[:terms], kappa=bounds_[terms:]
+    )
+    low.emit("norms", (name, n, terms, grams, *limits), build, inputs, [out])
+    low.values[var] = out
+
+
+TEMPLATES: dict[str, Callable[[Lowering, Any, Any], None]] = {
+    "relax.matmul": _matmul,
+    "relax.permute_dims": _permute_dims,
+    "relax.nn.conv2d": _conv2d,
+    "relax.nn.conv2d_transpose": _conv2d_transpose,
+    "relax.reshape": _reshape,
+    "relax.concat": _concat,
+    "relax.split": _split,
+    "myelin.cross-entropy-adjoint": _adjoint,
+    "myelin.binary-cross-entropy-adjoint": _adjoint,
+    "myelin.mean-squared-error-adjoint": _adjoint,
+    "myelin.linear-norm": _linear_norm,
+    "myelin.linear-gradient": _linear_gradient,
+    "myelin.bias-gradient": _bias_gradient,
+    "myelin.conv-stored": _conv_stored,
+    "myelin.conv-gram": _conv_gram,
+    "myelin.conv-gradient": _conv_gradient,
+    "myelin.bias-stored": _bias_stored,
+    "myelin.weighted-sum": _weighted_sum,
+    "myelin.norm-sum": _norms,
+    "myelin.clip-factors": _norms,
+}
+"""Where an operator's kernel is chosen: operator → the function that emits its calls."""
+
+
+# Shapes and calls.
+
+
+def _dims(var: Any) -> Shape:
+    return tuple(int(d) for d in var.ty.shape)
+
+
+def _stored(shape: Shape) -> Shape:
+    """A Relax shape as stored: images channels last."""
+    if len(shape) != 4:
+        return shape
+    n, c, h, w = shape
+    return (n, h, w, c)
+
+
+def _stored_axis(axis: int, rank: int) -> int:
+    return (0, 3, 1, 2)[axis] if rank == 4 else axis
+
+
+def _same_order(shape: Shape) -> bool:
+    """Whether channels first and channels last are the same order of the same numbers."""
+    _, c, h, w = shape
+    return c == 1 or h * w == 1
+
+
+def _conv_of(x: Shape, weight: Shape, attrs: Any) -> Conv:
+    n, ci, h, w = x
+    co, _, kh, kw = weight
+    stride = (int(attrs.strides[0]), int(attrs.strides[1]))
+    top, left, bottom, right = (int(p) for p in attrs.padding)
+    return Conv(
+        n=n, h=h, w=w, ci=ci, co=co, kh=kh, kw=kw, stride=stride, padding=(top, left, bottom, right)
+    )
+
+
+def _pair(low: Lowering, *shapes: Shape) -> tuple[Value, ...]:
+    return tuple(Value(Buffer(bytes=4 * math.prod(shape)), shape) for shape in shapes)
+
+
+def _template(call: Any) -> str:
+    """Name of a call in `TEMPLATES`."""
+    if operator(call) == "relax.call_dps_packed":
+        return str(call.args[0].global_symbol)
+    return operator(call)
+
+
+def _operands(call: Any) -> list[Any]:
+    return list(call.args[1].fields)[:-1]
+
+
+def _attributes(call: Any) -> list[int]:
+    return [int(value) for value in call.args[1].fields[-1].values]
+
+
+def _placed(buffer: Buffer) -> int:
+    assert buffer.offset is not None
+    return buffer.offset
+
+
+# Around a program.
+
+
+class _Recorder:
+    """Writes the IR after each pass into a folder, if there is one."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._count = 0
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, name: str, module: Any) -> None:
+        self._write(f"{name}.py", lambda: str(module))
+
+    def program(self, program: Program) -> None:
+        """The list of calls, and every kernel's TIR."""
+        lines = [
+            f"{phase}: {call.kernel}({', '.join(map(str, call.offsets))})"
+            for phase in ("gradient", "predict", "update")
+            for call in getattr(program, phase)
+        ]
+        self._write("plan.txt", lambda: "\n".join([*lines, f"arena: {program.arena}", ""]))
+        for name, kernel in program.kernels.items():
+            self._write(f"{name}.py", lambda kernel=kernel: str(kernel))  # type: ignore[misc]
+
+    def _write(self, name: str, text: Callable[[], str]) -> None:
+        if self._folder is not None:
+            (self._folder / f"{self._count:02d}-{name}").write_text(text())
+            self._count += 1
+
+
+class Outside:
+    """Runs a program's kernels through TVM's runtime, on this machine and outside any enclave.
+
+    For tests, baselines and benchmarks: nothing here is protected, and nothing is noised.
+    """
+
+    def __init__(self, program: Program, cpu: Cpu) -> None:
+        """Compile the kernels and make an arena of zeros."""
+        import tvm
+
+        self.program = program
+        memory = np.zeros(program.arena + 64, np.uint8)
+        first = -memory.ctypes.data % 64
+        self._arena = memory[first : first + program.arena]
+        compiled = kernel_object.library(program.kernels, cpu)
+
+        def tensor(parameter: Any, offset: int) -> Any:
+            shape = tuple(int(d) for d in parameter.ty.shape)
+            kind = np.dtype(str(parameter.ty.dtype))
+            size = math.prod(shape) * kind.itemsize
+            view = self._arena[offset : offset + size].view(kind).reshape(shape)
+            return tvm.runtime.from_dlpack(view)
+
+        def prepared(calls: Sequence[Call]) -> list[tuple[Any, tuple[Any, ...]]]:
+            return [
+                (
+                    compiled[call.kernel],
+                    tuple(map(tensor, program.kernels[call.kernel].params, call.offsets)),
+                )
+                for call in calls
+            ]
+
+        self._gradient = prepared(program.gradient)
+        self._predict = prepared(program.predict)
+        self._update = prepared(program.update)
+
+    def buffer(self, name: str) -> npt.NDArray[Any]:
+        """A view of one of the program's buffers: int32 for class labels, else float32."""
+        offset, size = self.program.buffers[name]
+        kind = (
+            np.int32 if name == "y" and self.program.loss == "cross-entropy" else np.float32
+        )
+        return self._arena[offset : offset + size].view(kind)
+
+    def gradient(
+        self,
+        x: npt.ArrayLike,
+        y: npt.ArrayLike,
+        mask: npt.ArrayLike,
+        weights: npt.ArrayLike,
+        max_grad_norm: float,
+    ) -> Array:
+        """The clipped sum, flat [D], of one physical batch; weights flat [D] or by name."""
+        self._fill("x", x)
+        self._fill("y", y)
+        self._fill("mask", mask)
+        self._fill_weights(weights)
+        self.buffer("hyper")[0] = max_grad_norm
+        self.run_gradient()
+        return np.array(self.buffer("gradient"))
+
+    def predict(self, x: npt.ArrayLike, weights: npt.ArrayLike) -> Array:
+        """The outputs, [batch, outputs]."""
+        self._fill("x", x)
+        self._fill_weights(weights)
+        for function, arguments in self._predict:
+            function(*arguments)
+        return np.array(self.buffer("output")).reshape(-1, self.program.outputs)
+
+    def update(self, gradient: npt.ArrayLike, step: int) -> Array:
+        """The weights, flat [D], after `step` (1, 2, …) by the gradient given; state stays here."""
+        self._fill("gradient", gradient)
+        self.buffer("hyper")[1] = step
+        for function, arguments in self._update:
+            function(*arguments)
+        return np.array(self.buffer("weights"))
+
+    def run_gradient(self) -> None:
+        """The gradient calls on what the buffers hold: the part that benchmarks time."""
+        for function, arguments in self._gradient:
+            function(*arguments)
+
+    def _fill(self, name: str, value: npt.ArrayLike) -> None:
+        view = self.buffer(name)
+        array = np.asarray(value)
+        if array.size != view.size or array.dtype.kind not in "fiub":
+            raise DataRefused(f"{name} has {array.size} numbers, the program takes {view.size}")
+        view[:] = array.reshape(-1)
+
+    def _fill_weights(self, weights: Any) -> None:
+        flat = pack(self.program, weights) if isinstance(weights, Mapping) else weights
+        self._fill("weights", flat)
