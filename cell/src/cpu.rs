@@ -42,7 +42,7 @@ impl Placement {
         let allowed = allowed()?;
         if allowed.len() < threads {
             return Ok(Self::Unpinned(format!(
-                "{threads} threads share {} allowed cores",
+                "{threads} threads, but this process may use only {} of the cores",
                 allowed.len()
             )));
         }

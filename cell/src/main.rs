@@ -38,7 +38,7 @@ fn main() {
         exit(2)
     };
     match run(options) {
-        Err(reason) => sys::die(format_args!("the cell did not start: {reason}")),
+        Err(reason) => sys::die(format_args!("it did not start: {reason}")),
     }
 }
 

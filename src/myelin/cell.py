@@ -111,12 +111,14 @@ class Cell:
         command += ["--require", ",".join(features), str(Path(image).resolve())]
         self._exchange = threading.Lock()
         self._death: str | None = None
+        # One frame. Kept, because fresh memory costs more than the copy out of it.
+        self._frame = memoryview(bytearray(4 + MESSAGE_BYTES))
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._process = _Process(command, theirs)
         self.pid = self._process.pid
         try:
-            ready = json.loads(self._receive(time.monotonic() + timeout))
+            ready = json.loads(bytes(self._receive(time.monotonic() + timeout)))
             self.cores: tuple[int, ...] = tuple(ready["cores"])
             self.unpinned: str | None = ready["unpinned"]
         except BaseException:
@@ -135,13 +137,12 @@ class Cell:
             raise UsageError(
                 f"a request of {len(body) + 4} bytes is too long: at most {MESSAGE_BYTES}"
             )
-        frame = struct.pack("<II", len(body) + 4, operation) + body
         with self._exchange:
             if self._death is not None:
                 raise CellDied(self._death)
             try:
                 deadline = None if timeout is None else time.monotonic() + timeout
-                self._send(frame, deadline)
+                self._send(operation, body, deadline)
                 reply = self._receive(deadline)
             except CellDied:
                 raise
@@ -149,11 +150,12 @@ class Cell:
                 # Interrupted between request and reply: the next reply would be the wrong one.
                 self._end("it was ended, because a request was interrupted")
                 raise
-            if reply[:4] == bytes(4):
-                return reply[4:]
-            if len(reply) < 4 or not _REASON.fullmatch(reply, 4):
+            status, result = reply[:4], bytes(reply[4:])
+            if status == bytes(4):
+                return result
+            if len(status) < 4 or not _REASON.fullmatch(result):
                 self._die("it sent a reply without status or reason, and was killed")
-            raise EnclaveRefused(reply[4:].decode("ascii"))
+            raise EnclaveRefused(result.decode("ascii"))
 
     def close(self) -> None:
         """End the cell, if it still runs, and wait until it is gone. Its memory goes with it."""
@@ -174,10 +176,13 @@ class Cell:
         """Close the cell."""
         self.close()
 
-    def _send(self, frame: bytes, deadline: float | None) -> None:
+    def _send(self, operation: int, body: bytes, deadline: float | None) -> None:
+        header = struct.pack("<II", 4 + len(body), operation)
         try:
             self._limit(deadline)
-            self._socket.sendall(frame)
+            sent = self._socket.sendmsg([header, body])
+            self._socket.sendall(header[sent:])
+            self._socket.sendall(memoryview(body)[max(0, sent - len(header)) :])
         except TimeoutError:
             self._die("it took no request in time, and was killed")
         except OSError:
@@ -185,42 +190,41 @@ class Cell:
             self._receive(deadline)
             self._die("it stopped listening, and was killed")
 
-    def _receive(self, deadline: float | None) -> bytes:
-        """The next message. Raises `CellDied` when there is none."""
+    def _receive(self, deadline: float | None) -> memoryview:
+        """The next message, valid until the one after it. Raises `CellDied` when there is none."""
         try:
-            (length,) = struct.unpack("<I", self._read(4, deadline))
+            have = self._fill(0, 4, deadline)
+            (length,) = struct.unpack_from("<I", self._frame)
             if length == _LAST_WORDS:
-                self._die(self._last_words())
+                self._die(self._last_words(have))
             if length > MESSAGE_BYTES:
                 self._die(f"it sent a frame of {length} bytes, more than 1 MiB, and was killed")
-            return self._read(length, deadline)
+            if self._fill(have, 4 + length, deadline) > 4 + length:
+                self._die("it sent more than one reply to one request, and was killed")
+            return self._frame[4 : 4 + length]
         except TimeoutError:
             self._die("it sent no reply in time, and was killed")
         except (EOFError, ConnectionError):
             self._process.wait(1.0)
             self._die(self._process.explanation())
 
-    def _last_words(self) -> str:
-        """What follows up to the end of the stream, which is near unless the image forges it."""
-        deadline = time.monotonic() + 1.0
-        words = b""
-        try:
-            while len(words) < _LAST_WORDS_BYTES:
-                words += self._read(1, deadline)
-        except (EOFError, OSError):
-            pass
-        return _printable(words) or "it gave no reason"
-
-    def _read(self, count: int, deadline: float | None) -> bytes:
-        buffer = bytearray(count)
-        view = memoryview(buffer)
-        while view:
+    def _fill(self, have: int, wanted: int, deadline: float | None) -> int:
+        """Reads until the frame has `wanted` bytes. Returns how many it has."""
+        while have < wanted:
             self._limit(deadline)
-            got = self._socket.recv_into(view)
+            got = self._socket.recv_into(self._frame[have:])
             if got == 0:
                 raise EOFError
-            view = view[got:]
-        return bytes(buffer)
+            have += got
+        return have
+
+    def _last_words(self, have: int) -> str:
+        """What follows up to the end of the stream, which is near unless the image forges it."""
+        deadline = time.monotonic() + 1.0
+        with contextlib.suppress(EOFError, OSError):
+            while have < 4 + _LAST_WORDS_BYTES:
+                have = self._fill(have, have + 1, deadline)
+        return _printable(bytes(self._frame[4 : min(have, 4 + _LAST_WORDS_BYTES)])) or "no reason"
 
     def _limit(self, deadline: float | None) -> None:
         if deadline is None:

@@ -56,8 +56,7 @@ global_asm!(
 );
 
 unsafe extern "C" {
-    static mut __heap: [u8; 4096];
-    static __heap_bytes: u8;
+    static __heap: [*mut u8; 2]; // start and end
 }
 
 static READ_ONLY: AtomicBytes = AtomicBytes([7; 64]);
@@ -107,7 +106,7 @@ unsafe fn obey(host_stack: *const *const u8) -> u32 {
             11 => argument_of(argument, |at| _ = ptr::read_volatile(at)),
             12 => ptr::write_volatile(served as *mut u8, 1),
             13 => ptr::write_volatile(READ_ONLY.0.as_ptr().cast_mut(), 1),
-            14 => execute(ptr::addr_of_mut!(__heap).cast()),
+            14 => execute(__heap[0]),
             15 => execute(BODY.add(64)),
             16 => overflow(argument),
             17 => asm!("ud2"),
@@ -115,9 +114,9 @@ unsafe fn obey(host_stack: *const *const u8) -> u32 {
             19 => asm!("in al, 0x60", out("al") _),
             20 => asm!("out 0x80, al", in("al") 0u8),
             21 => asm!("int3"),
-            30 => system_call(110, 0, 0, 0),               // getppid
-            31 => system_call(1, 1, BODY as usize, 4),     // write to the host: permitted, but not from here
-            32 => asm!("int 0x80", inout("eax") 20 => _),  // getpid of 32-bit programs
+            30 => system_call(110, 0, 0, 0),              // getppid
+            31 => system_call(1, 1, BODY as usize, 4), // write to the host: permitted, but not from here
+            32 => asm!("int 0x80", inout("eax") 20 => _), // getpid of 32-bit programs
             33 => asm!("sysenter"),
             34 => borrowed(host_stack, argument as usize, 0),
             35 => borrowed(host_stack, 231, argument as usize), // exit_group is permitted
@@ -127,7 +126,10 @@ unsafe fn obey(host_stack: *const *const u8) -> u32 {
             43 => MAILBOX.add(1).write_volatile(u64::MAX),
             44 => MAILBOX.add(1).write_volatile(3),
             45 => borrowed_write(host_stack, &[0xf0, 0xff, 0xff, 0xff]), // an absurd frame length
-            46 => borrowed_write(host_stack, &[0xff, 0xff, 0xff, 0xff, b'l', 0x1b, b'[', b'2', b'J', 0xff]),
+            46 => borrowed_write(
+                host_stack,
+                &[0xff, 0xff, 0xff, 0xff, b'l', 0x1b, b'[', b'2', b'J', 0xff],
+            ),
             _ => refuse(),
         }
     }
@@ -157,12 +159,11 @@ fn spin() {
 /// Touches both ends of the heap, which must be zero.
 unsafe fn heap_ends() {
     unsafe {
-        let heap = ptr::addr_of_mut!(__heap).cast::<u8>();
-        for at in [0, ptr::addr_of!(__heap_bytes) as usize - 1] {
-            if ptr::read_volatile(heap.add(at)) != 0 {
+        for at in [__heap[0], __heap[1].sub(1)] {
+            if ptr::read_volatile(at) != 0 {
                 return refuse();
             }
-            ptr::write_volatile(heap.add(at), 1);
+            ptr::write_volatile(at, 1);
         }
     }
 }
