@@ -44,18 +44,23 @@ def encode(value: Value) -> bytes:
 def decode(data: bytes, kind: Kind, *, limit: int = DOCUMENT_LIMIT) -> Any:
     """Decode one document and check it against its schema.
 
-    Raises `DocumentInvalid` with the reason `limit-exceeded`, `cbor-malformed` (not CBOR),
-    `cbor-not-canonical` (CBOR outside the profile, trailing bytes included), `type-wrong` or
-    `field-wrong`.
+    Raises `DocumentInvalid` with the reason `message-too-long`, `cbor-malformed` (not CBOR, or
+    followed by more bytes), `cbor-not-canonical`, `type-wrong`, `field-wrong` (keys out of order
+    included) or `limit-exceeded`.
     """
     if len(data) > limit:
-        raise DocumentInvalid("limit-exceeded", f"{len(data)} bytes where {limit} are allowed")
+        raise DocumentInvalid("message-too-long", f"{len(data)} bytes where {limit} are allowed")
     try:
         value = cbor2.loads(data)
     except Exception as error:  # decoders of tags raise whatever their types raise
         raise DocumentInvalid("cbor-malformed", str(error) or type(error).__name__) from None
     _check_profile(value)
-    if cbor2.dumps(value, canonical=True) != data:
+    canonical = cbor2.dumps(value, canonical=True)
+    if data != canonical:
+        if data.startswith(canonical):
+            raise DocumentInvalid("cbor-malformed", "bytes follow the document")
+        if data == cbor2.dumps(value):
+            raise DocumentInvalid("field-wrong", "the keys of a map are out of order")
         raise DocumentInvalid("cbor-not-canonical", "the bytes are not the shortest encoding")
     kind(value, "document")
     return value
@@ -63,10 +68,10 @@ def decode(data: bytes, kind: Kind, *, limit: int = DOCUMENT_LIMIT) -> Any:
 
 def _check_profile(value: object, depth: int = 8) -> None:
     if depth == 0:
-        raise DocumentInvalid("cbor-not-canonical", "nested too deeply")
+        raise DocumentInvalid("field-wrong", "nested too deeply")
     match value:
         case bool():
-            raise DocumentInvalid("cbor-not-canonical", "a boolean")
+            raise DocumentInvalid("field-wrong", "a boolean")
         case None | bytes() | str():
             return
         case int() if 0 <= value < 2**64:
@@ -77,10 +82,10 @@ def _check_profile(value: object, depth: int = 8) -> None:
         case dict():
             for key, item in value.items():
                 if not isinstance(key, str):
-                    raise DocumentInvalid("cbor-not-canonical", f"a map key {key!r}")
+                    raise DocumentInvalid("field-wrong", f"a map key {key!r}")
                 _check_profile(item, depth - 1)
         case _:
-            raise DocumentInvalid("cbor-not-canonical", f"a value of type {type(value).__name__}")
+            raise DocumentInvalid("field-wrong", f"a value of type {type(value).__name__}")
 
 
 # Kinds: the words of a schema.

@@ -13,9 +13,15 @@ from typing import Any, BinaryIO
 
 from myelin import document, privacy
 from myelin.document import Envelope, Kind
-from myelin.errors import BudgetExceeded, DocumentInvalid, GrantRefused, LedgerInvalid
+from myelin.errors import (
+    BudgetExceeded,
+    DocumentInvalid,
+    GrantRefused,
+    LedgerInvalid,
+    PrivacyRefused,
+)
 from myelin.evidence import Appraised
-from myelin.job import Job, Send
+from myelin.job import RECEIVE_SLOTS, SEND_SLOTS, Job, Send
 from myelin.party import HPKE_ENC, Party, seal_to
 from myelin.privacy import Privacy, compose
 from myelin.seal import SealedKey
@@ -25,8 +31,8 @@ GRANT: Kind = document.record(
         "ct": document.octets(),
         "enc": document.octets(HPKE_ENC),
         "job": document.octets(32),
-        "slot": document.text("records", "test"),
-        "party": document.unsigned(15),
+        "slot": document.text(*SEND_SLOTS, *RECEIVE_SLOTS),
+        "party": document.unsigned(),
     }
 )
 
@@ -84,13 +90,15 @@ def check_grant(data: bytes, job: Job) -> Send:
     """
     envelope = Envelope.from_bytes(data, "myelin/grant/1")
     body = document.decode(envelope.claimed, GRANT)
+    if body["job"] != job.digest:
+        raise DocumentInvalid("job-wrong", "the grant is for another job")
     if body["party"] >= len(job.parties):
         raise DocumentInvalid("party-unknown", f"the job has no party {body['party']}")
-    envelope.verified(job.parties[body["party"]].sign)
     for send in job.sends:
-        if (send.slot, send.party) == (body["slot"], body["party"]) and body["job"] == job.digest:
+        if (send.slot, send.party) == (body["slot"], body["party"]):
+            envelope.verified(job.parties[send.party].sign)
             return send
-    raise DocumentInvalid("grant-wrong", "the grant is for another job or slot")
+    raise DocumentInvalid("grant-wrong", f"party {body['party']} sends no {body['slot']!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +201,7 @@ def _read(file: BinaryIO, path: Path) -> tuple[dict[str, Any], list[Privacy]]:
         for line in lines:
             privacy.SCHEMA(line["privacy"], "privacy")
         return head, [Privacy.from_fields(line["privacy"]) for line in lines]
-    except (ValueError, KeyError, TypeError, DocumentInvalid) as error:
+    except (ValueError, KeyError, TypeError, DocumentInvalid, PrivacyRefused) as error:
         raise LedgerInvalid(
             f"{path} is damaged ({error}); restore it from a copy, nothing is granted without it"
         ) from None

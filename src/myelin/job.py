@@ -28,9 +28,9 @@ SCHEMA: Kind = document.record(
         "sends": document.listing(
             document.record(
                 {
-                    "slot": document.text(*SEND_SLOTS),
-                    "party": document.unsigned(MOST - 1),
-                    "capacity": document.unsigned(CAPACITY, least=1),
+                    "slot": document.text(*SEND_SLOTS, *RECEIVE_SLOTS),
+                    "party": document.unsigned(),
+                    "capacity": document.unsigned(),
                 }
             ),
             MOST,
@@ -46,8 +46,8 @@ SCHEMA: Kind = document.record(
         "receives": document.listing(
             document.record(
                 {
-                    "slot": document.text(*RECEIVE_SLOTS),
-                    "party": document.optional(document.unsigned(MOST - 1)),
+                    "slot": document.text(*SEND_SLOTS, *RECEIVE_SLOTS),
+                    "party": document.optional(document.unsigned()),
                 }
             ),
             MOST,
@@ -114,15 +114,16 @@ class Job:
         privacy: Privacy,
         sends: Mapping[str, Mapping[PublicParty, int]],
         receives: Mapping[str, Sequence[PublicParty | None]],
+        approvers: Sequence[PublicParty] = (),
     ) -> Job:
         """Write a job from parties instead of indices.
 
         `sends` maps a slot to its owners and their capacities, `receives` a slot to its
-        receivers (None: public).
+        receivers (None: public); `approvers` are further parties that must approve.
         """
         owners = [party for slot in sends.values() for party in slot]
         readers = [party for slot in receives.values() for party in slot if party is not None]
-        parties = tuple(dict.fromkeys([*owners, *readers]))
+        parties = tuple(dict.fromkeys([*owners, *readers, *approvers]))
         return cls(
             image=ImageReference(digest=image.digest, measurement=image.measurement),
             parties=parties,
@@ -144,8 +145,17 @@ class Job:
         """Refuse a job that the enclave would refuse, or whose privacy would not hold."""
         SCHEMA(self._fields(), "job")
         _refuse_unless(len(self.to_bytes()) <= document.DOCUMENT_LIMIT, "longer than 65,536 bytes")
-        _refuse_unless(bool(self.parties), "it has no parties")
         entries: list[Send | Receive] = [*self.sends, *self.receives]
+        used = {entry.party for entry in entries if entry.party is not None}
+        _refuse_unless(
+            all(party < len(self.parties) for party in used),
+            f"an entry names a party beyond the {len(self.parties)} there are",
+            reason="party-unknown",
+        )
+        _refuse_unless(
+            all(1 <= send.capacity <= CAPACITY for send in self.sends),
+            "a capacity is from 1 to 2³² - 1 records",
+        )
         once: dict[str, list[object]] = {
             "party name": [party.name for party in self.parties],
             "signing key": [party.sign for party in self.parties],
@@ -154,10 +164,10 @@ class Job:
         }
         for what, values in once.items():
             _refuse_unless(len(set(values)) == len(values), f"two entries have the same {what}")
-        used = {entry.party for entry in entries if entry.party is not None}
         _refuse_unless(
-            used == set(range(len(self.parties))),
-            "every party must send or receive something, and only parties may",
+            all(send.slot in SEND_SLOTS for send in self.sends)
+            and all(receive.slot in RECEIVE_SLOTS for receive in self.receives),
+            f"one sends {' and '.join(SEND_SLOTS)}, and receives {' and '.join(RECEIVE_SLOTS)}",
         )
         slots = {entry.slot for entry in entries}
         _refuse_unless("records" in slots, "nobody sends records")
@@ -202,7 +212,7 @@ class Job:
         fields = document.decode(data, SCHEMA)
         return cls(
             image=ImageReference(**fields["image"]),
-            parties=tuple(PublicParty(**party) for party in fields["parties"]),
+            parties=tuple(_party(party) for party in fields["parties"]),
             sends=tuple(Send(**send) for send in fields["sends"]),
             receives=tuple(Receive(**receive) for receive in fields["receives"]),
             privacy=privacy.check(fields["privacy"]),
@@ -223,12 +233,10 @@ class Job:
         """Check one approval and say whose it is; raises `DocumentInvalid`."""
         envelope = Envelope.from_bytes(data, "myelin/approval/1")
         body = document.decode(envelope.claimed, APPROVAL)
+        _refuse_unless(body["job"] == self.digest, "it approves another job")
         for party in self.parties:
             if party.sign == body["sign"]:
                 envelope.verified(party.sign)
-                _refuse_unless(
-                    body["job"] == self.digest, "approves another job", reason="job-wrong"
-                )
                 return party
         raise DocumentInvalid("party-unknown", f"{body['sign'][1:9].hex()}… is no party of the job")
 
@@ -277,6 +285,13 @@ class Job:
             "weights": self.weights,
             "receives": [dict(vars(receive)) for receive in self.receives],
         }
+
+
+def _party(fields: dict[str, Any]) -> PublicParty:
+    try:
+        return PublicParty(**fields)
+    except DocumentInvalid as error:
+        raise DocumentInvalid("job-wrong", f"party {fields['name']!r}: {error.detail}") from None
 
 
 def _refuse_unless(holds: bool, detail: str, *, reason: str = "job-wrong") -> None:

@@ -39,15 +39,15 @@ MOST_WEIGHTS = 2**30
 
 SCHEMA: Kind = document.record(
     {
-        "delta": document.unsigned(PICO - 1, least=1),
-        "steps": document.unsigned(2**32 - 1, least=1),
+        "delta": document.unsigned(),
+        "steps": document.unsigned(),
         "epsilon": document.unsigned(),
         "sampler": document.text("poisson"),
-        "max_batch": document.unsigned(2**32 - 1, least=1),
-        "sample_rate": document.unsigned(RATE, least=1),
-        "max_grad_norm": document.unsigned(least=1),
-        "expected_batch": document.unsigned(least=1),
-        "noise_multiplier": document.unsigned(least=1),
+        "max_batch": document.unsigned(),
+        "sample_rate": document.unsigned(),
+        "max_grad_norm": document.unsigned(),
+        "expected_batch": document.unsigned(),
+        "noise_multiplier": document.unsigned(),
         "neighboring_relation": document.text(NEIGHBORING_RELATION),
     }
 )
@@ -229,15 +229,20 @@ def largest_batch(records: int, sample_rate: float) -> int:
 def check(fields: dict[str, Any]) -> Privacy:
     """Read a checked `privacy` map and recompute the epsilon that it states.
 
-    Raises `DocumentInvalid` job-wrong where it states less than the accountant finds, or more
-    than a hundredth above it. Differences of 10⁻⁴ pass: summation orders vary between machines.
+    Raises `DocumentInvalid` job-wrong where a number is out of range, or where it states less
+    than the accountant finds, or more than a hundredth above it. Differences of 10⁻⁴ pass, since
+    summation orders vary between machines.
     """
-    made = Privacy.from_fields(fields)
     stated = fields["epsilon"] / MICRO
-    if not made.epsilon - 1e-4 <= stated <= made.epsilon * 1.01 + 1e-4:
+    try:
+        made = Privacy.from_fields(fields)
+        computed = made.epsilon
+    except PrivacyRefused as error:
+        raise DocumentInvalid("job-wrong", str(error)) from None
+    if not computed - 1e-4 <= stated <= computed * 1.01 + 1e-4:
         raise DocumentInvalid(
             "job-wrong",
-            f"privacy.epsilon states {stated:.6f} where these numbers give {made.epsilon:.6f}",
+            f"privacy.epsilon states {stated:.6f} where these numbers give {computed:.6f}",
         )
     # From here on `epsilon` is what the document states, whatever the last digit is here.
     made.__dict__["epsilon"] = stated
@@ -316,7 +321,7 @@ def _divergence(a: float, b: float) -> float:
 
 
 def _nearest(value: float, unit: int) -> int:
-    if not math.isfinite(value) or not 0 < value * unit < 2**53:
+    if not math.isfinite(value) or not 0 < value * unit < 2**50:
         raise PrivacyRefused(f"{value!r} is not a positive number that a job can hold")
     return round(value * unit)
 
