@@ -20,7 +20,7 @@ from myelin.cell import MESSAGE_BYTES, Cell, backends, native_file
 from myelin.errors import CellDied, EnclaveRefused, UsageError
 
 SOURCES = Path(__file__).parent / "cell_image"
-ECHO, REFUSE, SPIN, GATHER, HEAP_ENDS = range(5)
+ECHO, REFUSE, SPIN, GATHER, HEAP_ENDS, AVX2, AVX512 = range(7)
 WRITE, READ = 10, 11
 BASE, MAILBOX = 0x4000_0000, 0x10_0000_0000
 PROGRAM_HEADERS, HEADER_BYTES = 64, 56
@@ -125,6 +125,18 @@ def test_a_heap_of_gigabytes_is_there_and_zero(start: Callable[..., Cell], link:
     ask(cell, HEAP_ENDS)
     with pytest.raises(EnclaveRefused):  # the image finds what it wrote
         ask(cell, HEAP_ENDS)
+
+
+@pytest.mark.parametrize(
+    ("operation", "feature", "lanes"), [(AVX2, "avx2", 4), (AVX512, "avx512f", 8)]
+)
+def test_wide_vectors_work(
+    start: Callable[..., Cell], operation: int, feature: str, lanes: int
+) -> None:
+    if feature not in Path("/proc/cpuinfo").read_text().split():
+        pytest.skip(f"this CPU has no {feature}")
+    lane = b"8 bytes."
+    assert start().request(operation, lane + bytes(56))[: 8 * lanes] == lane * lanes
 
 
 def test_threads_share_a_cell_by_turns(start: Callable[..., Cell]) -> None:

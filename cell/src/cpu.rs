@@ -30,7 +30,8 @@ pub fn require(features: &[String]) -> Result<(), String> {
     ))
 }
 
-/// Which core each thread is pinned to. Two spinning threads on one core would lose most of their speed.
+/// Which core each thread is pinned to. Two spinning threads on one core would lose most of their
+/// speed.
 pub enum Placement {
     Pinned(Vec<usize>),
     Unpinned(String),

@@ -1,8 +1,8 @@
 //! The seccomp filter: system calls by number and argument; everything else kills the process.
 //!
-//! An image in the process backend shares the cell's address space and can reach the cell's own `syscall`
-//! instruction, so number and argument are what confines it. The instruction-pointer rule on top shows that
-//! an image makes no system calls of its own, not even permitted ones.
+//! An image in the process backend shares the cell's address space and can reach the cell's own
+//! `syscall` instruction, so number and argument are what confines it. The instruction-pointer rule
+//! on top shows that an image makes no system calls of its own, not even permitted ones.
 
 use crate::sys;
 use libc::{
@@ -22,8 +22,8 @@ const ARCH: u32 = 4;
 const INSTRUCTION_POINTER: u32 = 8;
 const ARGUMENTS: u32 = 16;
 
-/// A permitted call: its number, and the value of one argument. The kernel reads descriptors, futex operations,
-/// ioctl requests and exit statuses as 32 bits, and so does the filter.
+/// A permitted call: its number, and the value of one argument. The kernel reads descriptors, futex
+/// operations, ioctl requests and exit statuses as 32 bits, and so does the filter.
 type Rule = (c_long, Option<(u32, u32)>);
 
 /// What a cell may do once an image runs.
@@ -38,8 +38,8 @@ pub const PROCESS: Policy = Policy {
     one_instruction: true,
 };
 
-/// An image runs in a virtual machine: also what runs a vCPU and explains its end. No instruction of the
-/// image runs in this process.
+/// An image runs in a virtual machine: also what runs a vCPU and explains its end. No instruction
+/// of the image runs in this process.
 pub const KVM: Policy = Policy {
     rules: &[
         FRAMES[0],

@@ -1,5 +1,6 @@
-//! The KVM backend: a virtual machine without kernel or devices, one vCPU a thread slot, in ring 3 from its first
-//! instruction. The guest's physical addresses are the cell's own addresses of the image, and so are its virtual ones.
+//! The KVM backend: a virtual machine without kernel or devices, one vCPU a thread slot, in ring 3
+//! from its first instruction. The guest's physical addresses are the cell's own addresses of the
+//! image, and so are its virtual ones.
 
 use crate::{
     elf::{Image, Rights},
@@ -54,7 +55,8 @@ pub fn slots(image: &Image, threads: usize) -> Result<Vec<Vcpu>, String> {
         .create_vm()
         .map_err(failed("creating a virtual machine"))?;
     let mut tables = Tables::new()?;
-    // Page 0 is what the task state and its I/O bitmap are read from: present, zero, out of the image's reach.
+    // Page 0 is what the task state and its I/O bitmap are read from: present, zero, out of the
+    // image's reach.
     tables.map(0..PAGE, PRESENT | NO_EXECUTE)?;
     let mut regions = vec![(0, tables.memory.as_mut_ptr() as usize, TABLES_BYTES)];
     for segment in &image.segments {
@@ -134,7 +136,8 @@ impl Vcpu {
         let registers = self.vcpu.get_regs().unwrap_or_default();
         let (mut rip, rcx) = (registers.rip as usize, registers.rcx as usize);
         if rip == 0 {
-            rip = rcx.wrapping_sub(2); // a software KVM lets `syscall` jump to where nothing is, leaving its address
+            // A software KVM lets `syscall` jump to where nothing is; rcx holds where it came from.
+            rip = rcx.wrapping_sub(2);
         }
         let fault = self.vcpu.get_sregs().map_or(0, |registers| registers.cr2);
         let what = match self.system_call(rip) {
@@ -142,7 +145,8 @@ impl Vcpu {
             false => "the enclave faulted",
         };
         sys::die(format_args!(
-            "{what} (thread slot {slot}: {end}, instruction at {rip:#x}, last page fault at {fault:#x})"
+            "{what} (thread slot {slot}: {end}, instruction at {rip:#x}, last page fault at \
+             {fault:#x})"
         ))
     }
 
@@ -224,7 +228,8 @@ fn vcpu(kvm: &Kvm, vm: &VmFd, slot: usize) -> Result<VcpuFd, String> {
     Ok(vcpu)
 }
 
-/// Four-level page tables in guest memory from address 0 on, identity-mapped: entry `ROOT` maps everything.
+/// Four-level page tables in guest memory from address 0 on, identity-mapped: entry `ROOT` maps
+/// everything.
 struct Tables {
     memory: &'static mut [u64],
     used: usize,

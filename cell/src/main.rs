@@ -1,10 +1,16 @@
-//! The cell: maps an enclave image at its fixed addresses, donates threads to its slots, and carries
-//! frames between the host (file descriptors 0 and 1) and the mailbox.
+//! The cell: maps an enclave image at its fixed addresses, donates threads to its slots, and
+//! carries frames between the host (file descriptors 0 and 1) and the mailbox.
 //!
-//! Nobody trusts the cell. It confines the enclave (a hostile image ends the cell, nothing else) and
-//! explains what happened. Frames are `u32 length ‖ message`, little-endian, at most 1 MiB of message.
-//! The first frame to the host is JSON: `{"threads": n, "cores": [c, …], "unpinned": null | "why"}`.
-//! A length of `0xffff_ffff` starts the last words of a cell: text up to the end of the stream.
+//! Nobody trusts the cell. It confines the enclave (a hostile image ends the cell, nothing else)
+//! and explains what happened. Frames are `u32 length ‖ message`, little-endian, at most 1 MiB of
+//! message. The first frame to the host is JSON:
+//!
+//! ```json
+//! {"threads": 2, "cores": [0, 1], "unpinned": null}
+//! ```
+//!
+//! or no cores and the reason. A length of `0xffff_ffff` starts the last words of a cell: text up
+//! to the end of the stream.
 
 mod cpu;
 mod elf;

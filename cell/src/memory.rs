@@ -20,8 +20,8 @@ pub const MAILBOX_BYTES: usize = PAGE + BODY_BYTES;
 /// Inaccessible on both sides of everything.
 const GUARD: usize = 64 << 10;
 
-/// Maps the image at its addresses with its rights, and the mailbox. Whatever lies between is reserved and
-/// inaccessible, so that nothing else ever gets there.
+/// Maps the image at its addresses with its rights, and the mailbox. Whatever lies between is
+/// reserved and inaccessible, so that nothing else ever gets there.
 pub fn load(image: &Image) -> Result<(), String> {
     reserve(BASE - GUARD, MAILBOX + MAILBOX_BYTES + GUARD)?;
     for segment in &image.segments {
@@ -34,7 +34,8 @@ pub fn load(image: &Image) -> Result<(), String> {
             unsafe { libc::madvise(at as *mut c_void, bytes, libc::MADV_HUGEPAGE) };
         }
         let content = &image.bytes[segment.file.clone()];
-        // SAFETY: the range is ours, writable, and at least as long as its content (checked by elf).
+        // SAFETY: the range is ours, writable, and at least as long as its content (checked by
+        // elf).
         unsafe { ptr::copy_nonoverlapping(content.as_ptr(), at as *mut u8, content.len()) };
         match segment.rights {
             Rights::Read => protect(at, bytes, PROT_READ)?,
@@ -54,7 +55,8 @@ fn reserve(start: usize, end: usize) -> Result<(), String> {
     if got != wanted {
         let error = Error::last_os_error();
         return Err(format!(
-            "the addresses {start:#x}..{end:#x} cannot be reserved ({error}); is the address space limited (ulimit -v)?"
+            "the addresses {start:#x}..{end:#x} cannot be reserved ({error}); is the address space \
+             limited (ulimit -v)?"
         ));
     }
     Ok(())

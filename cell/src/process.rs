@@ -42,8 +42,9 @@ pub fn slots(_loaded: &Image, threads: usize) -> Vec<Thread> {
 
 impl Slot for Thread {
     fn enter(&mut self) -> u32 {
-        // SAFETY: the image is mapped, its entry is executable (checked by elf), and it switches to its own
-        // stack. A hostile image can do anything to this process; the filter confines the process.
+        // SAFETY: the image is mapped, its entry is executable (checked by elf), and it switches to
+        // its own stack. A hostile image can do anything to this process; the filter
+        // confines the process.
         unsafe { cell_enter(BASE, self.0) }
     }
 }

@@ -1,4 +1,5 @@
-//! Threads and frames: the first thread carries a request in and the reply out, the others help while it is inside.
+//! Threads and frames: the first thread carries a request in and the reply out, the others help
+//! while it is inside.
 
 use crate::{
     cpu::{Placement, pin},
@@ -32,8 +33,9 @@ static INSIDE: AtomicU32 = AtomicU32::new(0);
 static STARTED: AtomicU32 = AtomicU32::new(0);
 static UNPINNED: Mutex<Option<String>> = Mutex::new(None);
 
-/// A frame lies in the mailbox so that its message is the body: one read and one write carry it whole. Its length
-/// borrows the last four bytes of the header page, which are zero whenever the image runs.
+/// A frame lies in the mailbox so that its message is the body: one read and one write carry it
+/// whole. Its length borrows the last four bytes of the header page, which are zero whenever the
+/// image runs.
 const FRAME: *mut u8 = (BODY - 4) as *mut u8;
 const REQUEST_BYTES: *mut u64 = MAILBOX as *mut u64;
 const REPLY_BYTES: *mut u64 = (MAILBOX + 8) as *mut u64;
@@ -125,7 +127,8 @@ fn ready(threads: usize, placement: &Placement) -> String {
     format!("{{\"threads\": {threads}, \"cores\": {cores:?}, \"unpinned\": {unpinned}}}")
 }
 
-/// Waits for a request and leaves it in the mailbox; ends the cell when the host has closed its end.
+/// Waits for a request and leaves it in the mailbox; ends the cell when the host has closed its
+/// end.
 fn receive() {
     let mut have = 0;
     let mut want = 4;

@@ -1,5 +1,6 @@
 //! A hostile enclave image: what it is asked by the first four bytes of a request (docs/image.md).
-//! Built by tests/test_cell.py; it keeps the entry convention of the real runtime in the fewest lines.
+//! Built by tests/test_cell.py; it keeps the entry convention of the real runtime in the fewest
+//! lines.
 #![no_std]
 #![allow(clippy::missing_safety_doc)]
 
@@ -102,6 +103,8 @@ unsafe fn obey(host_stack: *const *const u8) -> u32 {
             2 => spin(),
             3 => while HELPERS.load(SeqCst) + 1 < SLOTS {},
             4 => heap_ends(),
+            5 => asm!("vpbroadcastq ymm0, [{0}]", "vmovdqu [{0}], ymm0", in(reg) BODY.add(4)),
+            6 => asm!("vpbroadcastq zmm0, [{0}]", "vmovdqu64 [{0}], zmm0", in(reg) BODY.add(4)),
             10 => argument_of(argument, |at| ptr::write_volatile(at, 1)),
             11 => argument_of(argument, |at| _ = ptr::read_volatile(at)),
             12 => ptr::write_volatile(served as *mut u8, 1),
@@ -114,9 +117,10 @@ unsafe fn obey(host_stack: *const *const u8) -> u32 {
             19 => asm!("in al, 0x60", out("al") _),
             20 => asm!("out 0x80, al", in("al") 0u8),
             21 => asm!("int3"),
-            30 => system_call(110, 0, 0, 0),              // getppid
-            31 => system_call(1, 1, BODY as usize, 4), // write to the host: permitted, but not from here
-            32 => asm!("int 0x80", inout("eax") 20 => _), // getpid of 32-bit programs
+            // getppid; a write to the host, permitted but not from here; getpid of 32-bit programs
+            30 => system_call(110, 0, 0, 0),
+            31 => system_call(1, 1, BODY as usize, 4),
+            32 => asm!("int 0x80", inout("eax") 20 => _),
             33 => asm!("sysenter"),
             34 => borrowed(host_stack, argument as usize, 0),
             35 => borrowed(host_stack, 231, argument as usize), // exit_group is permitted
@@ -193,8 +197,8 @@ unsafe fn system_call(number: usize, a: usize, b: usize, c: usize) {
     }
 }
 
-/// Makes a system call by the cell's own instruction: the host's stack holds an address in the cell's text, and
-/// `mov r10, r8; syscall; ret` lies near it.
+/// Makes a system call by the cell's own instruction: the host's stack holds an address in the
+/// cell's text, and `mov r10, r8; syscall; ret` lies near it.
 unsafe fn borrowed(host_stack: *const *const u8, number: usize, a: usize) {
     unsafe { call_at(gate(host_stack), number, a, 0, 0) }
 }
@@ -208,8 +212,8 @@ unsafe fn borrowed_write(host_stack: *const *const u8, frame: &[u8]) {
 
 unsafe fn call_at(at: *const u8, number: usize, a: usize, b: usize, c: usize) {
     unsafe {
-        asm!("call {at}", at = in(reg) at, inout("rax") number => _, in("rdi") a, in("rsi") b, in("rdx") c,
-             in("r8") 0, out("rcx") _, out("r11") _, out("r10") _);
+        asm!("call {at}", at = in(reg) at, inout("rax") number => _, in("rdi") a, in("rsi") b,
+             in("rdx") c, in("r8") 0, out("rcx") _, out("r11") _, out("r10") _);
     }
 }
 
