@@ -1,0 +1,730 @@
+"""The command line: each verb is one call of the API.
+
+Data goes to stdout, words for people to stderr; `--json` prints one JSON object on stdout.
+Exit codes: 0 ok, 1 failure, 2 usage, 3 evidence rejected, 4 receipt invalid, 5 budget exceeded,
+6 image mismatch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect as inspection
+import json
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from myelin.errors import MyelinError, UsageError
+
+app = typer.Typer(
+    name="myelin",
+    help="Train and serve models inside attested enclaves, on data of owners who do not trust "
+    "each other or the machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+_people = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Key = Annotated[Path, typer.Option("--key", help="Your secret key file.")]
+ExchangeFolder = Annotated[Path, typer.Argument(help="The exchange folder.")]
+
+
+def main() -> NoReturn:
+    """Runs the command line; every named error ends with its exit code."""
+    try:
+        app()
+    except MyelinError as error:
+        _people.print(f"myelin: {error}", markup=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _people.print("myelin: interrupted; nothing was released")
+        sys.exit(1)
+    except (OSError, MemoryError) as error:
+        _people.print(f"myelin: {type(error).__name__}: {error}", markup=False)
+        sys.exit(1)
+    sys.exit(0)
+
+
+@app.command()
+def keygen(
+    name: Annotated[str, typer.Argument(help="The party's name, as others will see it.")],
+    out: Annotated[Path, typer.Option(help="Where NAME.key and NAME.pub go.")] = Path(),
+    as_json: Json = False,
+) -> None:
+    """Make a party: a secret key file and a public file.
+
+    Example: myelin keygen "Hospital North" --out north
+    """
+    from myelin.party import Party
+
+    party = Party.generate(name)
+    out.mkdir(parents=True, exist_ok=True)
+    stem = name.lower().replace(" ", "-").replace("/", "-")
+    secret, public = out / f"{stem}.key", out / f"{stem}.pub"
+    party.save(secret)
+    party.public.save(public)
+    _answer(
+        {"secret": str(secret), "public": str(public), "fingerprint": party.public.fingerprint},
+        as_json,
+    )
+
+
+@app.command()
+def budget(
+    epsilon: Annotated[float, typer.Option(help="Epsilon to stay within.")],
+    records: Annotated[int, typer.Option(help="Capacity of all senders together.")],
+    steps: Annotated[int, typer.Option(help="Training steps.")],
+    sample_rate: Annotated[float, typer.Option(help="Probability of a record being in a step.")],
+    max_grad_norm: Annotated[float, typer.Option(help="Clipping norm of a gradient.")] = 1.0,
+    delta: Annotated[float, typer.Option(help="Delta.")] = 1e-5,
+    as_json: Json = False,
+) -> None:
+    """Find the noise that keeps an epsilon.
+
+    Example: myelin budget --epsilon 2 --records 480 --steps 50 --sample-rate 0.5
+    """
+    from myelin.privacy import NEIGHBORING_RELATION
+
+    made = _privacy(epsilon, delta, max_grad_norm, sample_rate, steps, records)
+    _answer(
+        {
+            "noise_multiplier": made.noise_multiplier,
+            "epsilon": made.epsilon,
+            "delta": made.delta,
+            "neighboring_relation": NEIGHBORING_RELATION,
+            "sample_rate": made.sample_rate,
+            "steps": made.steps,
+            "max_grad_norm": made.max_grad_norm,
+            "expected_batch": made.expected_batch,
+            "max_batch": made.max_batch,
+        },
+        as_json,
+    )
+
+
+@app.command("build")
+def build_image(
+    model: Annotated[
+        str, typer.Argument(help="An ONNX file, or FILE.py:NAME of a torch module or myelin layer.")
+    ],
+    shape: Annotated[str, typer.Option(help="One example's shape, such as 30 or 1,28,28.")],
+    loss: Annotated[
+        str, typer.Option(help="cross-entropy, binary-cross-entropy or mean-squared-error.")
+    ],
+    records: Annotated[int, typer.Option(help="Records that fit, over all senders.")],
+    out: Annotated[Path, typer.Option(help="The build folder.")],
+    optimizer: Annotated[
+        str, typer.Option(help="sgd or adam with settings, such as sgd,lr=0.5,momentum=0.9.")
+    ] = "sgd,lr=0.1",
+    test: Annotated[int, typer.Option(help="Test records that fit.")] = 0,
+    batch: Annotated[int, typer.Option(help="Examples of a physical batch.")] = 64,
+    cpu: Annotated[str, typer.Option(help="x86-64-v3, x86-64-v4 or native.")] = "x86-64-v3",
+    threads: Annotated[int, typer.Option(help="Thread slots.")] = 2,
+    dump: Annotated[Path | None, typer.Option(help="Write the IR after each pass here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile a model into an enclave image.
+
+    Example: myelin build model.onnx --shape 30 --loss binary-cross-entropy --records 480
+    --out build
+    """
+    from myelin import build
+    from myelin.cpu import Cpu
+
+    level = Cpu.native().level if cpu == "native" else cpu
+    with _stages() as stage:
+        made = build.build(
+            _source(model),
+            np.zeros((1, *_integers(shape, "shape")), np.float32),
+            loss=loss,
+            optimizer=_optimizer(optimizer),
+            records=records,
+            test=test,
+            batch=batch,
+            cpu=level,
+            threads=threads,
+            directory=out,
+            dump=dump,
+            progress=stage,
+        )
+    _answer(
+        {
+            "image": str(made.image_path),
+            "model": str(made.model_path),
+            "weights": str(made.weights_path),
+            "cpu": level,
+            "image_bytes": len(made.image.content),
+            "digest": made.image.digest.hex(),
+            "measurement": made.image.measurement.hex(),
+        },
+        as_json,
+    )
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An image, job, approval, evidence, receipt …")],
+) -> None:
+    """Show what a file says, as JSON. Shows only: nothing is verified.
+
+    Example: myelin inspect job.cbor
+    """
+    print(json.dumps(_inspect(file), indent=2))
+
+
+@app.command("job")
+def write_job(
+    build_folder: Annotated[Path, typer.Argument(help="The build folder.")],
+    exchange: Annotated[Path, typer.Option(help="The exchange folder to make.")],
+    records: Annotated[
+        list[str], typer.Option(help="PUBLIC_FILE:CAPACITY of an owner of training records.")
+    ],
+    weights: Annotated[list[Path], typer.Option(help="Public file of a receiver of the weights.")],
+    epsilon: Annotated[float, typer.Option(help="Epsilon to stay within.")],
+    steps: Annotated[int, typer.Option(help="Training steps.")],
+    sample_rate: Annotated[float, typer.Option(help="Probability of a record being in a step.")],
+    max_grad_norm: Annotated[float, typer.Option(help="Clipping norm of a gradient.")] = 1.0,
+    delta: Annotated[float, typer.Option(help="Delta.")] = 1e-5,
+    test: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PUBLIC_FILE:CAPACITY of an owner of test records; makes a score public."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a job into a new exchange folder.
+
+    Example: myelin job build --exchange exchange --records a.pub:160 --records b.pub:160
+    --weights r.pub --epsilon 2 --steps 50 --sample-rate 0.5
+    """
+    import hashlib
+
+    import safetensors.numpy
+
+    from myelin.exchange import Exchange, place
+    from myelin.image import Image
+    from myelin.job import ImageReference, Job
+    from myelin.party import PublicParty
+    from myelin.weights import pack
+
+    senders = dict(_sender(text) for text in records)
+    testers = dict(_sender(text) for text in test or [])
+    made = _privacy(epsilon, delta, max_grad_norm, sample_rate, steps, sum(senders.values()))
+    image = Image.read(build_folder / "image.elf")
+    values = safetensors.numpy.load_file(build_folder / "weights.safetensors")
+    flat = pack(image.description["parameters"], values)
+    job = Job.draft(
+        image=ImageReference(digest=image.digest, measurement=image.measurement),
+        weights=hashlib.sha256(flat.tobytes()).digest(),
+        privacy=made,
+        sends={"records": senders} | ({"test": testers} if testers else {}),
+        receives={"weights": [PublicParty.load(path) for path in weights]}
+        | ({"score": [None]} if testers else {}),
+    )
+    where = Exchange(folder=exchange)
+    if where.job.exists():
+        raise UsageError(f"{where.job} exists; a job is never overwritten, name another folder")
+    for path in (where.image, where.model, where.weights):
+        place(path, (build_folder / path.name).read_bytes())
+    place(where.job, job.to_bytes())
+    _table(
+        [("what", "from", "seen by"), *((r.what, r.source, r.visible_to) for r in job.describe())]
+    )
+    _answer({"job": str(where.job), "digest": job.digest.hex(), "epsilon": made.epsilon}, as_json)
+
+
+@app.command()
+def approve(exchange: ExchangeFolder, key: Key, as_json: Json = False) -> None:
+    """Approve the job of an exchange folder, after reading the table that this prints.
+
+    Example: myelin approve exchange --key north/hospital-north.key
+    """
+    from myelin.exchange import place
+
+    where, job, party = _open(exchange, key)
+    _table(
+        [("what", "from", "seen by"), *((r.what, r.source, r.visible_to) for r in job.describe())]
+    )
+    approval = where.approval(_index(job, party))
+    place(approval, job.approve(party))
+    _answer({"approval": str(approval), "job": job.digest.hex()}, as_json)
+
+
+@app.command("seal")
+def seal_data(
+    data: Annotated[Path, typer.Argument(help=".npz with x and y, or .csv with labels last.")],
+    out: Annotated[Path, typer.Option(help="The sealed file; its key goes beside it.")],
+    capacity: Annotated[int, typer.Option(help="Records to pad to, as in the job.")],
+    labels: Annotated[
+        str, typer.Option(help="class (whole numbers) or real (also for yes/no).")
+    ] = "class",
+    as_json: Json = False,
+) -> None:
+    """Encrypt a data set once. The file may lie anywhere; its key stays with you.
+
+    Example: myelin seal north.csv --capacity 160 --labels real --out north.sealed
+    """
+    from myelin.seal import key_path, seal_records
+
+    features, answers = _data(data, labels)
+    with _bar("seal", None) as told:
+        sealed = seal_records(features, answers, out, capacity=capacity, progress=told)
+    _answer(
+        {
+            "sealed": str(out),
+            "key": str(key_path(out)),
+            "records": len(features),
+            "commitment": sealed.commitment.hex(),
+        },
+        as_json,
+    )
+
+
+@app.command("grant")
+def grant_key(
+    exchange: ExchangeFolder,
+    key: Key,
+    sealed: Annotated[Path, typer.Option(help="Your sealed file; its key lies beside it.")],
+    policy: Annotated[Path, typer.Option(help="Your appraisal policy, TOML.")],
+    slot: Annotated[str, typer.Option(help="records or test.")] = "records",
+    ledger: Annotated[
+        Path | None, typer.Option(help="Your budget ledger; made if missing, see --budget.")
+    ] = None,
+    budget_epsilon: Annotated[
+        float | None, typer.Option("--budget", help="Epsilon of a new ledger.")
+    ] = None,
+    wait_seconds: Annotated[float, typer.Option("--wait", help="Seconds to wait.")] = 600.0,
+    as_json: Json = False,
+) -> None:
+    """Appraise the running enclave, debit your ledger, release your key to that enclave alone.
+
+    Example: myelin grant exchange --key north.key --sealed north.sealed --policy policy.toml
+    --ledger north.ledger --budget 2
+    """
+    from myelin.evidence import appraise
+    from myelin.exchange import place, wait
+    from myelin.grant import Ledger, grant
+    from myelin.policy import Policy
+    from myelin.seal import SealedKey, key_path
+
+    where, job, party = _open(exchange, key)
+    index = _index(job, party)
+    rules = Policy.load(policy).for_job(job)
+    if ledger is None:
+        book = None
+    elif ledger.exists():
+        book = Ledger.open(ledger)
+    elif budget_epsilon is None:
+        raise UsageError(f"{ledger} does not exist; name its epsilon with --budget to make it")
+    else:
+        book = Ledger.create(ledger, epsilon=budget_epsilon, delta=job.privacy.delta)
+    secret = SealedKey.load(key_path(sealed))
+    nonce = secrets.token_bytes(32)
+    where.evidence(index).unlink(missing_ok=True)
+    place(where.nonce(index), nonce)
+    evidence = wait(
+        where.evidence(index),
+        seconds=wait_seconds,
+        what="is `myelin run` running, with all approvals?",
+    )
+    endorsements = where.endorsements.read_text()
+    appraised = appraise(evidence, endorsements, rules, nonce, int(time.time()))
+    granted = grant(party, job, appraised, secret, slot=slot, ledger=book)
+    if not where.sealed(slot, index).exists():
+        where.sealed(slot, index).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(sealed, where.sealed(slot, index))
+    place(where.grant(slot, index), granted)
+    if rules.simulator_root is not None:
+        _people.print("The TEE is simulated: nothing is protected from the machine it runs on.")
+    _answer(
+        {
+            "grant": str(where.grant(slot, index)),
+            "measurement": appraised.measurement.hex(),
+            "tcb": appraised.platform.tcb_status,
+            "simulated": rules.simulator_root is not None,
+            "epsilon_spent": None if book is None else book.spent,
+        },
+        as_json,
+    )
+
+
+@app.command()
+def run(
+    exchange: ExchangeFolder,
+    simulator: Annotated[
+        Path, typer.Option(help="The simulator's world; made if missing. Its root says TEST.")
+    ],
+    backend: Annotated[str, typer.Option(help="process or kvm.")] = "process",
+    wait_seconds: Annotated[
+        float, typer.Option("--wait", help="Seconds to wait for parties.")
+    ] = 600.0,
+    as_json: Json = False,
+) -> None:
+    """Run the job of an exchange folder as the host, under a simulated TEE.
+
+    Example: myelin run exchange --simulator world
+    """
+    from myelin.cell import backends
+    from myelin.evidence.simulator import World
+    from myelin.exchange import Exchange
+    from myelin.service import serve
+
+    if backend not in backends():
+        raise UsageError(f"backend {backend!r}: choose one of {', '.join(backends())}")
+    _people.print("The TEE is simulated: nothing is protected from this machine.")
+    if not simulator.exists():
+        World.create(simulator, now=int(time.time()))
+    where = Exchange(folder=exchange)
+    with _bar("train", "steps") as told:
+        serve(
+            where,
+            attester=World.open(simulator),
+            now=lambda: int(time.time()),
+            backend="kvm" if backend == "kvm" else "process",
+            wait_seconds=wait_seconds,
+            say=lambda line: _people.print(line, markup=False),
+            progress=told,
+        )
+    _answer({"receipt": str(where.receipt), "simulated": True}, as_json)
+
+
+@app.command()
+def fetch(
+    exchange: ExchangeFolder,
+    key: Key,
+    policy: Annotated[Path, typer.Option(help="Your appraisal policy, TOML.")],
+    out: Annotated[Path, typer.Option(help="Where the weights go, safetensors.")],
+    as_json: Json = False,
+) -> None:
+    """Verify the receipt, then open the weights that were sealed to you.
+
+    Example: myelin fetch exchange --key university.key --policy policy.toml
+    --out weights.safetensors
+    """
+    import safetensors.numpy
+
+    from myelin.image import Image
+    from myelin.seal import open_output
+    from myelin.weights import unpack
+
+    where, job, party = _open(exchange, key)
+    index = _index(job, party)
+    verified = _verified(where.receipt, policy, where.endorsements)
+    if verified.job.digest != job.digest:
+        raise UsageError("the receipt is of another job than job.cbor")
+    plaintext = open_output(
+        party,
+        where.envelope("weights", index).read_bytes(),
+        where.output("weights", index),
+        job=job.digest,
+        slot="weights",
+        digest=verified.output("weights", party.name).digest,
+    )
+    image = Image.read(where.image)
+    if image.digest != job.image.digest:
+        raise UsageError(f"{where.image} is not the job's image")
+    values = unpack(image.description["parameters"], np.frombuffer(plaintext, np.float32))
+    safetensors.numpy.save_file(values, out)
+    _answer({"weights": str(out), "parameters": sorted(values)}, as_json)
+
+
+@app.command()
+def verify(
+    receipt: Annotated[Path, typer.Argument(help="A receipt file.")],
+    policy: Annotated[Path, typer.Option(help="Your appraisal policy, TOML.")],
+    endorsements: Annotated[
+        Path | None, typer.Option(help="Collateral, JSON; the receipt's neighbour if not given.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Verify a receipt offline. Exit code 4 when it does not hold.
+
+    Example: myelin verify receipt.cbor --policy policy.toml
+    """
+    from myelin.privacy import NEIGHBORING_RELATION
+
+    verified = _verified(receipt, policy, endorsements or receipt.parent / "endorsements.json")
+    _answer(
+        {
+            "job": verified.job.digest.hex(),
+            "measurement": verified.job.image.measurement.hex(),
+            "simulated": verified.appraised.platform.authority == "simulator",
+            "steps": verified.privacy.steps,
+            "epsilon": verified.privacy.epsilon,
+            "delta": verified.privacy.delta,
+            "neighboring_relation": NEIGHBORING_RELATION,
+            "inputs": {f"{one.slot} {one.party}": one.commitment.hex() for one in verified.inputs},
+            "outputs": {f"{one.slot} {one.party}": one.digest.hex() for one in verified.outputs},
+            "score": None if verified.score is None else verified.score.accuracy,
+        },
+        as_json,
+    )
+
+
+@app.command("rebuild")
+def rebuild_image(
+    job: Annotated[Path, typer.Argument(help="The job document.")],
+    model: Annotated[Path, typer.Option(help="The model file.")],
+    image: Annotated[
+        Path | None, typer.Option(help="The original image, to say which part differs.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Rebuild a job's image from its model file and compare measurements.
+
+    Exit code 6 if they differ.
+
+    Example: myelin rebuild exchange/job.cbor --model exchange/model.json
+    """
+    from myelin import build
+    from myelin.image import Image
+    from myelin.job import Job
+
+    made = Job.from_bytes(job.read_bytes())
+    with _stages() as stage:
+        rebuilt = build.rebuild(model.read_bytes(), progress=stage)
+    original = None if image is None else Image.read(image)
+    build.compare(rebuilt, measurement=made.image.measurement, original=original)
+    _answer({"measurement": rebuilt.measurement.hex(), "digest": rebuilt.digest.hex()}, as_json)
+
+
+@app.command("demo")
+def run_demo(
+    folder: Annotated[
+        Path | None, typer.Option(help="Where its files go; a temporary folder if not given.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="process or kvm.")] = "process",
+    as_json: Json = False,
+) -> None:
+    """Three hospitals train one private model, every party played here.
+
+    Example: myelin demo --json
+    """
+    from myelin import demo
+
+    teller = demo.Teller(
+        say=lambda line: _people.print(line, markup=False),
+        rows=lambda rows: _table(rows, header=False),
+        track=_track,
+    )
+    where = Path(tempfile.mkdtemp(prefix="myelin-demo-")) if folder is None else folder
+    facts = demo.run(where, teller, backend="kvm" if backend == "kvm" else "process")
+    if as_json:
+        print(json.dumps(facts))
+
+
+# What the verbs share: reading their arguments, speaking.
+
+
+def _privacy(
+    epsilon: float, delta: float, max_grad_norm: float, sample_rate: float, steps: int, records: int
+) -> Any:
+    from myelin.privacy import Privacy
+
+    return Privacy.for_epsilon(
+        epsilon,
+        delta=delta,
+        max_grad_norm=max_grad_norm,
+        sample_rate=sample_rate,
+        steps=steps,
+        records=records,
+    )
+
+
+def _open(folder: Path, key: Path) -> tuple[Any, Any, Any]:
+    from myelin.exchange import Exchange
+    from myelin.job import Job
+    from myelin.party import Party
+
+    where = Exchange(folder=folder)
+    return where, Job.from_bytes(where.job.read_bytes()), Party.load(key)
+
+
+def _index(job: Any, party: Any) -> int:
+    for index, member in enumerate(job.parties):
+        if member == party.public:
+            return index
+    raise UsageError(f"{party.name!r} ({party.public.fingerprint}) is no party of this job")
+
+
+def _sender(text: str) -> tuple[Any, int]:
+    from myelin.party import PublicParty
+
+    path, _, capacity = text.rpartition(":")
+    if not path:
+        raise UsageError(f"{text!r}: write PUBLIC_FILE:CAPACITY, such as north.pub:160")
+    return PublicParty.load(path), _integers(capacity, "capacity")[0]
+
+
+def _verified(receipt: Path, policy: Path, endorsements: Path) -> Any:
+    from myelin.policy import Policy
+    from myelin.receipt import verify
+
+    rules = Policy.load(policy)
+    if rules.simulator_root is not None:
+        _people.print("The TEE was simulated: the receipt shows function, not confidentiality.")
+    return verify(receipt.read_bytes(), rules, endorsements.read_text(), int(time.time()))
+
+
+def _integers(text: str, what: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{what} {text!r}: whole numbers, separated by commas") from None
+
+
+def _optimizer(text: str) -> Any:
+    from myelin.optimizer import SGD, Adam
+
+    kinds: dict[str, Any] = {"sgd": SGD, "adam": Adam}
+    name, *settings = text.split(",")
+    if name not in kinds:
+        raise UsageError(f"optimizer {name!r}: choose sgd or adam")
+    values: dict[str, float] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key not in ("lr", "momentum", "weight_decay", "eps"):
+            raise UsageError(f"optimizer setting {setting!r}: lr, momentum, weight_decay or eps")
+        try:
+            values[key] = float(value)
+        except ValueError:
+            raise UsageError(f"optimizer setting {setting!r}: not a number") from None
+    try:
+        return kinds[name](**values)
+    except TypeError as error:
+        raise UsageError(f"optimizer {text!r}: {error}") from None
+
+
+def _source(text: str) -> Any:
+    """An ONNX path, or an object from a Python file of the builder's own."""
+    path, _, name = text.rpartition(":")
+    if not path.endswith(".py"):
+        if not text.endswith(".onnx"):
+            raise UsageError(f"model {text!r}: an .onnx file, or FILE.py:NAME")
+        return Path(text)
+    spec = importlib.util.spec_from_file_location("model", path)
+    if spec is None or spec.loader is None or not Path(path).exists():
+        raise UsageError(f"{path} cannot be read")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        found = getattr(module, name)
+    except AttributeError:
+        raise UsageError(f"{path} holds no {name!r}") from None
+    return found() if inspection.isfunction(found) else found
+
+
+def _data(path: Path, labels: str) -> tuple[Any, Any]:
+    """Features float32 [n, …] and labels of a file; int32 classes or float32 reals."""
+    if labels not in ("class", "real"):
+        raise UsageError(f"labels {labels!r}: class or real")
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            if not {"x", "y"} <= set(file.files):
+                raise UsageError(f"{path} holds {', '.join(file.files)}; it must hold x and y")
+            features, answers = file["x"], file["y"]
+    elif path.suffix == ".csv":
+        try:
+            table = np.loadtxt(path, delimiter=",", ndmin=2, dtype=np.float64)
+        except ValueError as error:
+            raise UsageError(f"{path}: {error}; numbers only, no heading") from None
+        features, answers = table[:, :-1], table[:, -1]
+    else:
+        raise UsageError(f"{path}: .npz or .csv")
+    if labels == "class":
+        whole = answers.astype(np.int32)
+        if (whole != answers).any():
+            raise UsageError(f"{path}: class labels must be whole numbers; or give --labels real")
+        return features.astype(np.float32), whole.reshape(-1)
+    return features.astype(np.float32), answers.astype(np.float32).reshape(len(answers), -1)
+
+
+def _inspect(path: Path) -> Any:
+    from myelin import document
+    from myelin.image import Image
+
+    content = path.read_bytes()
+    if content[:4] == b"\x7fELF":
+        image = Image(content=content)
+        return {
+            "digest": image.digest.hex(),
+            "measurement": image.measurement.hex(),
+            "description": _readable(image.description),
+        }
+    return _readable(document.decode(content, lambda value, where: None, limit=1 << 24))
+
+
+def _readable(value: Any) -> Any:
+    """CBOR as JSON: bytes that are themselves a document are opened, others become hex."""
+    from myelin import document
+    from myelin.errors import DocumentInvalid
+
+    if isinstance(value, dict):
+        return {key: _readable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_readable(item) for item in value]
+    if isinstance(value, bytes):
+        try:
+            inner = document.decode(value, lambda value, where: None, limit=1 << 24)
+        except DocumentInvalid:
+            return value.hex()
+        return _readable(inner) if isinstance(inner, dict) else value.hex()
+    return value
+
+
+def _answer(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            for key, item in value.items():
+                print(f"{name}  {key}  {item}")
+        else:
+            print(f"{name}  {value}")
+
+
+def _table(rows: list[tuple[str, ...]], *, header: bool = True) -> None:
+    table = Table(show_header=header, box=None, padding=(0, 2, 0, 3))
+    for title in rows[0]:
+        table.add_column(title if header else "", overflow="fold")
+    for row in rows[1:] if header else rows:
+        table.add_row(*row)
+    _people.print(table)
+
+
+@contextmanager
+def _bar(what: str, unit: str | None) -> Iterator[Callable[[int, int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"))
+    counted = (MofNCompleteColumn(), TextColumn(unit or ""), TimeElapsedColumn())
+    with Progress(*columns, *(counted if unit else ()), console=_people, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _track(steps: int) -> Iterator[Callable[[int], None]]:
+    with _bar("   train", "steps") as told:
+        yield lambda done: told(done, steps)
+
+
+@contextmanager
+def _stages() -> Iterator[Callable[[str], None]]:
+    with _people.status("") as status:
+        yield status.update

@@ -1,0 +1,254 @@
+"""`myelin demo`: three hospitals train one private model, told step by step.
+
+Every party is played here, each with its own keys and its own checks, and nothing is shortened:
+what a hospital does below is what it would do alone on its own machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+
+from myelin import build, evidence, grant, hospitals, nn, receipt, seal
+from myelin.cell import Backend
+from myelin.cpu import Cpu
+from myelin.evidence.simulator import World
+from myelin.grant import Ledger
+from myelin.job import ImageReference, Job
+from myelin.model import load
+from myelin.optimizer import SGD
+from myelin.party import Party
+from myelin.plan import Outside, compile_training
+from myelin.policy import Policy
+from myelin.privacy import NEIGHBORING_RELATION, Privacy
+from myelin.service import Service
+from myelin.weights import pack, unpack
+
+# Public capacities: a round number above what anyone holds, so that the true counts stay inside.
+CAPACITY = 160
+BATCH = 64
+EPSILON, DELTA = 2.0, 1e-5
+SIMULATED = "The TEE is simulated: this shows what Myelin does, and protects nothing."
+
+MODEL = nn.Sequential(nn.Linear(30, 1))
+OPTIMIZER = SGD(lr=1.0, momentum=0.9)
+
+
+def privacy() -> Privacy:
+    """Epsilon at most 2 at delta 1e-5, 50 steps with half of the records each."""
+    return Privacy.for_epsilon(
+        EPSILON,
+        delta=DELTA,
+        max_grad_norm=0.5,
+        sample_rate=0.5,
+        steps=50,
+        records=len(hospitals.NAMES) * CAPACITY,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teller:
+    """How the demo speaks: `say` for a line, `rows` for a table, `track` for long work."""
+
+    say: Callable[[str], None]
+    rows: Callable[[list[tuple[str, ...]]], None]
+    track: Callable[[int], Any]
+    """A context manager for so many steps that yields a function told the steps done."""
+
+
+def run(folder: Path, tell: Teller, *, backend: Backend = "process") -> dict[str, Any]:
+    """Runs the demo in `folder`; returns the facts that `--json` prints."""
+    tell.say(SIMULATED)
+    folder.mkdir(parents=True, exist_ok=True)
+    data, test = hospitals.load()
+    owners = {name: Party.generate(name) for name in data}
+    registry = Party.generate(hospitals.TEST_NAME)
+    university = Party.generate("University")
+
+    tell.say(
+        "\n1. Three hospitals, a registry with test records, and a university that wants a model"
+    )
+    tell.rows(
+        [
+            *((name, f"sends at most {CAPACITY} records, sealed") for name in data),
+            (registry.name, f"sends at most {CAPACITY} test records, sealed"),
+            (university.name, "receives the weights"),
+        ]
+    )
+
+    tell.say("\n2. The model becomes an enclave image")
+    start = time.perf_counter()
+    built = _build(folder / "build")
+    seconds = {"build": time.perf_counter() - start}
+    image = built.image
+    tell.say(f"   image {len(image.content):,} bytes, measurement {image.measurement.hex()}")
+    again = build.rebuild(built.model_path.read_bytes())
+    build.compare(again, measurement=image.measurement, original=image)
+    tell.say("   the registry rebuilt it from the model file: the same measurement")
+
+    description = image.description
+    values = safetensors.numpy.load_file(built.weights_path)
+    weights = pack(description["parameters"], values)
+    job = Job.draft(
+        image=ImageReference(digest=image.digest, measurement=image.measurement),
+        weights=hashlib.sha256(weights.tobytes()).digest(),
+        privacy=privacy(),
+        sends={
+            "records": {party.public: CAPACITY for party in owners.values()},
+            "test": {registry.public: CAPACITY},
+        },
+        receives={"weights": [university.public], "score": [None]},
+    )
+    tell.say(f"\n3. The job {job.digest.hex()[:16]}…: who can see what")
+    tell.rows(
+        [("what", "from", "seen by"), *((r.what, r.source, r.visible_to) for r in job.describe())]
+    )
+
+    world = World.create(folder / "simulator", now=int(time.time()))
+    policy = Policy.dangerous_simulation(world.root).for_job(job)
+    start = time.perf_counter()
+    with Service(
+        job=job,
+        image=built.image_path,
+        weights=built.weights_path,
+        attester=world,
+        backend=backend,
+    ) as service:
+        for party in (*owners.values(), registry, university):
+            service.approve(job.approve(party))
+        service.evidence(secrets.token_bytes(32))
+        seconds["launch"] = time.perf_counter() - start
+
+        tell.say(
+            "\n4. Each sender appraises the running enclave, then releases its key to it alone"
+        )
+        endorsements = service.endorsements(now=int(time.time()))
+        for index, send in enumerate(job.sends):
+            party = registry if send.slot == "test" else owners[job.parties[send.party].name]
+            records = test if send.slot == "test" else data[party.name]
+            file = BytesIO()
+            key = seal.seal_records(records.features, records.labels, file, capacity=send.capacity)
+            nonce = secrets.token_bytes(32)
+            appraised = evidence.appraise(
+                service.evidence(nonce), endorsements, policy, nonce, int(time.time())
+            )
+            ledger = None
+            if send.slot == "records":
+                path = folder / f"{party.name}.ledger"
+                ledger = Ledger.create(path, epsilon=EPSILON, delta=DELTA)
+            granted = grant.grant(party, job, appraised, key, slot=send.slot, ledger=ledger)
+            file.seek(0)
+            service.accept(index, granted, file)
+            budget = "" if ledger is None else f", epsilon spent {ledger.spent:.3f} of {EPSILON:g}"
+            tell.say(
+                f"   {party.name}: quote genuine under the TEST root, measurement and job as "
+                f"approved, TCB {appraised.platform.tcb_status}{budget}"
+            )
+
+        tell.say(f"\n5. Training inside: {job.privacy.steps} private steps")
+        start = time.perf_counter()
+        with tell.track(job.privacy.steps) as progress:
+            service.train(progress)
+        seconds["train"] = time.perf_counter() - start
+        finished = service.finish()
+        (output,) = service.outputs()
+        sealed = BytesIO(b"".join(output.sealed))
+
+    receipt_path = folder / "receipt.cbor"
+    receipt_path.write_bytes(finished)
+    verified = receipt.verify(
+        finished, Policy.dangerous_simulation(world.root), endorsements, int(time.time())
+    )
+    assert verified.score is not None
+    tell.say(
+        f"   epsilon {verified.privacy.epsilon:.3f}, delta {verified.privacy.delta:g} "
+        f"({NEIGHBORING_RELATION}), noise_multiplier {verified.privacy.noise_multiplier:.3f}, "
+        f"Poisson sample_rate {verified.privacy.sample_rate:g}"
+    )
+    plaintext = seal.open_output(
+        university,
+        output.envelope,
+        sealed,
+        job=job.digest,
+        slot="weights",
+        digest=verified.output("weights", university.name).digest,
+    )
+    trained = unpack(description["parameters"], np.frombuffer(plaintext, np.float32))
+    safetensors.numpy.save_file(trained, folder / "weights.safetensors")
+
+    tell.say("\n6. The receipt verifies offline: evidence, approvals, inputs, privacy and results")
+    baseline = baseline_accuracy(weights)
+    tell.rows(
+        [
+            (
+                "test accuracy, private",
+                f"{verified.score.accuracy:.1%} (scored inside, in the receipt)",
+            ),
+            ("test accuracy, same model without privacy", f"{baseline:.1%}"),
+            ("receipt", str(receipt_path)),
+            ("weights, opened by the university", str(folder / "weights.safetensors")),
+        ]
+    )
+    tell.say(f"\n{SIMULATED}")
+    return {
+        "test_accuracy": verified.score.accuracy,
+        "baseline_accuracy": baseline,
+        "epsilon": verified.privacy.epsilon,
+        "delta": verified.privacy.delta,
+        "neighboring_relation": NEIGHBORING_RELATION,
+        "steps": verified.privacy.steps,
+        "tee": f"simulated ({backend})",
+        "measurement": image.measurement.hex(),
+        "image": str(built.image_path),
+        "image_bytes": len(image.content),
+        "seconds": seconds,
+        "receipt": str(receipt_path),
+    }
+
+
+def _build(folder: Path) -> build.Build:
+    return build.build(
+        MODEL,
+        np.zeros((1, 30), np.float32),
+        loss="binary-cross-entropy",
+        optimizer=OPTIMIZER,
+        records=len(hospitals.NAMES) * CAPACITY,
+        test=CAPACITY,
+        batch=BATCH,
+        directory=folder,
+    )
+
+
+def baseline_accuracy(weights: npt.NDArray[np.float32]) -> float:
+    """Test accuracy of the same model, start, steps and optimiser without privacy, outside."""
+    data, test = hospitals.load()
+    features = np.concatenate([records.features for records in data.values()])
+    labels = np.concatenate([records.labels for records in data.values()])
+    cpu = Cpu.named("x86-64-v3")
+    program = compile_training(
+        load(MODEL, np.zeros((1, 30), np.float32)),
+        loss="binary-cross-entropy",
+        optimizer=OPTIMIZER,
+        batch=len(features),
+        cpu=cpu,
+        clipping="none",
+    )
+    outside = Outside(program, cpu)
+    everyone = np.ones(len(features), np.float32)
+    for step in range(1, privacy().steps + 1):
+        total = outside.gradient(features, labels, everyone, weights, 1.0)
+        weights = outside.update(total / len(features), step)
+    padded = np.zeros((len(features), 30), np.float32)
+    padded[: len(test.features)] = test.features
+    outputs = outside.predict(padded, weights)[: len(test.features)]
+    return float(np.mean((outputs > 0) == (test.labels > 0.5)))
