@@ -241,7 +241,7 @@ def baseline_accuracy(weights: npt.NDArray[np.float32]) -> float:
         optimizer=OPTIMIZER,
         batch=len(features),
         cpu=cpu,
-        clipping="none",
+        private=False,
     )
     outside = Outside(program, cpu)
     everyone = np.ones(len(features), np.float32)
