@@ -181,8 +181,8 @@ _CHILDREN: dict[str, tuple[str, ...]] = {
     "DeclBuffer": ("data",),
     "AllocBuffer": (),
     "Bind": ("value",),
-    "BufferStore": ("value", "indices", "predicate"),
-    "BufferLoad": ("indices", "predicate"),
+    "BufferStore": ("value", "indices"),
+    "TensorLoad": ("indices",),
     "Evaluate": ("value",),
     "Return": ("value",),
     "AssertStmt": ("condition",),
@@ -197,6 +197,7 @@ _CHILDREN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("Add", "Sub", "Mul", "Div", "Mod", "FloorDiv", "FloorMod", "Min", "Max"), ("a", "b")
     ),
+    **dict.fromkeys(("BitwiseAnd", "BitwiseOr", "BitwiseXor", "LShift", "RShift"), ("a", "b")),
     **dict.fromkeys(("EQ", "NE", "LT", "LE", "GT", "GE", "And", "Or"), ("a", "b")),
 }
 
