@@ -17,17 +17,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tvm import relax
+from tvm import DataType, ir, relax
+from tvm.script.ir_builder import tirx as T
 
 from myelin import clipping, training
 from myelin.cpu import Cpu
 from myelin.errors import DataRefused, ModelRefused
-from myelin.kernels import elementwise, functions, layout, linear, loss, reduce
+from myelin.kernels import bounds, elementwise, functions, layout, linear, loss, reduce
 from myelin.kernels import clipping as clip_kernels
 from myelin.kernels import conv as conv_kernels
 from myelin.kernels import object as kernel_object
 from myelin.kernels.conv import Conv
-from myelin.kernels.tir import select
+from myelin.kernels.tir import select, splat
 from myelin.model import Model
 from myelin.optimizer import Optimizer
 from myelin.training import HYPER, Recipe, bindings, operands, operator, returned
@@ -204,6 +205,8 @@ def _plan(
         clipping=tuple(clipping.methods(forward, recipe)),
     )
     recorder.program(program)
+    for kernel in program.kernels.values():
+        bounds.prove(kernel)
     return program
 
 
@@ -259,6 +262,7 @@ class Lowering:
         self.steps: list[tuple[str, tuple[Buffer, ...]]] = []
         self.values: dict[Any, Value | Lazy | tuple[Value, ...]] = {}
         self.places: dict[Any, Value] = {}
+        self.spreads: dict[int, tuple[Shape, Value, float]] = {}
         self._padded: dict[tuple[int, Conv], Value] = {}
         self._biased: dict[Any, tuple[Any, Any]] = {}
         self._uses: dict[Any, list[Any]] = {}
@@ -360,36 +364,62 @@ class Lowering:
         """The variable that holds the result in the end: the sum with its bias where there is one."""
         return self._biased[var][0] if var in self._biased else var
 
-    def transpose(self, x: Value, shape: Shape, axes: Shape, stored: Shape) -> Value:
-        """A copy of x, seen as `shape`, with permuted axes."""
-        y = Value(Buffer(bytes=x.buffer.bytes), stored)
-        build = lambda: layout.transpose(self.cpu, shape, axes)  # noqa: E731
-        self.emit("transpose", ("transpose", shape, axes), build, [x], [y])
+    def temporary(self, stored: Shape) -> Value:
+        """Memory for something between."""
+        return Value(Buffer(bytes=4 * math.prod(stored)), stored)
+
+    def channels_last(self, x: Value, shape: Shape) -> Value:
+        """A copy of x, channels first of the given shape, in the order images are stored in."""
+        y = self.temporary(_stored(shape))
+        build = lambda: layout.nhwc(self.cpu, *shape)  # noqa: E731
+        self.emit("nhwc", ("nhwc", shape), build, [x], [y])
+        return y
+
+    def channels_first(self, x: Value, shape: Shape) -> Value:
+        """A copy of an image as stored, of Relax's shape, in channels-first order."""
+        y = self.temporary(shape)
+        build = lambda: layout.nchw(self.cpu, *_stored(shape))  # noqa: E731
+        self.emit("nchw", ("nchw", shape), build, [x], [y])
+        return y
+
+    def map(
+        self, label: str, inputs: Sequence[Value], out: Value, function: Callable[..., Any]
+    ) -> None:
+        """Append out = function(inputs…) element by element; `label` names the function."""
+        shapes = tuple(v.stored for v in inputs)
+        build = lambda: elementwise.map(self.cpu, shapes, out.stored, function)  # noqa: E731
+        self.emit(label, (label, shapes, out.stored), build, inputs, [out])
+
+    def mean(self, x: Value, outer: int, extent: int, inner: int) -> Value:
+        """Means over the middle axis of x[outer, extent, inner]."""
+        if extent == 1:
+            return Value(x.buffer, (outer, inner))
+        y = self.temporary((outer, inner))
+        build = lambda: reduce.reduction(self.cpu, outer, extent, inner, "mean")  # noqa: E731
+        self.emit("mean", ("mean", outer, extent, inner), build, [x], [y])
         return y
 
     # Walking the function.
 
     def _copy(self, x: Value, y: Value) -> None:
-        shape = (math.prod(x.stored),)
-        build = lambda: elementwise.map(self.cpu, [shape], shape, lambda a: a)  # noqa: E731
-        self.emit("copy", ("copy", shape), build, [x], [y])
+        flat = (math.prod(x.stored),)
+        self.map("copy", [Value(x.buffer, flat)], Value(y.buffer, flat), lambda a: a)
 
     def _argument(self, var: Any, value: Value) -> Value:
         shape = _dims(var)
         if len(shape) == 4 and var.same_as(self.function.params[0]):
-            n, c, h, w = shape
-            if c == 1 or h * w == 1:
-                return Value(value.buffer, (n, h, w, c))
-            return self.transpose(value, (n, c, h * w), (0, 2, 1), (n, h, w, c))
+            if _same_order(shape):
+                return Value(value.buffer, _stored(shape))
+            return self.channels_last(value, shape)
         return value
 
     def _find_uses(self) -> None:
-        weights = set(self.function.params[1:])
+        weights = {p: p for p in self.function.params[1:]}  # reshaped parameters: to themselves
         for b in bindings(self.function):
             for operand in operands(b.value):
                 self._uses.setdefault(operand, []).append(b.var)
             if operator(b.value) == "relax.reshape" and b.value.args[0] in weights:
-                weights.add(b.var)
+                weights[b.var] = b.value.args[0]
         result = returned(self.function)
         for output in result.fields if isinstance(result, relax.Tuple) else [result]:
             self._uses.setdefault(output, []).append(None)
@@ -403,7 +433,7 @@ class Lowering:
                 continue
             y, bias = b.value.args
             if y in products and bias in weights and len(self._uses[y]) == 1:
-                self._biased[y] = (b.var, bias)
+                self._biased[y] = (b.var, weights[bias])
 
     def _lower(self, var: Any, value: Any) -> None:
         if var in self.values:
@@ -441,43 +471,42 @@ class Lowering:
         inputs: list[Value] = []
         key, build = self._expression(lazy.call, inputs)
         out = self.new(var, lazy.stored)
-        shapes = [v.stored for v in inputs]
-        self.emit(
-            "map",
-            ("map", tuple(shapes), lazy.stored, key),
-            lambda: elementwise.map(
-                self.cpu, shapes, lazy.stored, lambda *loaded: build(loaded)
-            ),
-            inputs,
-            [out],
+        shapes = tuple(v.stored for v in inputs)
+        label = operator(lazy.call).rpartition(".")[2]
+        work = _operations(key)
+        kernel = lambda: elementwise.map(  # noqa: E731
+            self.cpu, shapes, lazy.stored, lambda *loaded: build(loaded), operations=work
         )
+        self.emit(label, ("map", shapes, lazy.stored, key), kernel, inputs, [out])
         return out
 
     def _expression(
         self, call: Any, inputs: list[Value]
     ) -> tuple[Any, Callable[[Sequence[Any]], Any]]:
-        """A key of the expression and what builds it from the loaded inputs."""
-        keys, builds = [], []
-        for operand in call.args:
-            if isinstance(operand, relax.Constant):
-                number = float(operand.data.numpy())
-                keys.append(number)
-                builds.append(lambda _, number=number: number)
-                continue
-            found = self.values[operand]
-            if isinstance(found, Lazy):
-                key, build = self._expression(found.call, inputs)
-                keys.append(key)
-                builds.append(build)
-                continue
-            value = self.value(operand)
-            if value not in inputs:
-                inputs.append(value)
-            at = inputs.index(value)
-            keys.append(("in", at))
-            builds.append(lambda loaded, at=at: loaded[at])
+        """A key of the expression, and what builds it from the loaded inputs."""
+        parts = [self._part(operand, inputs) for operand in call.args]
         function = ELEMENTWISE[operator(call)]
-        return (operator(call), *keys), lambda loaded: function(*(b(loaded) for b in builds))
+
+        def build(loaded: Sequence[Any]) -> Any:
+            values = [part(loaded) for _, part in parts]
+            like = next(v for v in values if not isinstance(v, float))
+            result = function(*(_like(like, v) for v in values))
+            return result if _is_bool(operator(call)) else T.bind(result)
+
+        return (operator(call), *(key for key, _ in parts)), build
+
+    def _part(self, operand: Any, inputs: list[Value]) -> tuple[Any, Callable[[Sequence[Any]], Any]]:
+        if isinstance(operand, ir.Constant):
+            number = float(operand.value.numpy())
+            return number, lambda _: number
+        found = self.values[operand]
+        if isinstance(found, Lazy):
+            return self._expression(found.call, inputs)
+        value = self.value(operand)
+        if value not in inputs:
+            inputs.append(value)
+        at = inputs.index(value)
+        return ("in", at), lambda loaded: loaded[at]
 
 
 def allocate(steps: Sequence[tuple[str, tuple[Buffer, ...]]], base: int) -> int:
@@ -506,31 +535,62 @@ def allocate(steps: Sequence[tuple[str, tuple[Buffer, ...]]], base: int) -> int:
     return end
 
 
+def _is_bool(name: str) -> bool:
+    return name == "relax.greater"
+
+
+def _operations(key: Any) -> int:
+    """Instructions of an expression, roughly."""
+    if not isinstance(key, tuple) or key[0] == "in":
+        return 0
+    own = _HEAVY_OPERATIONS if key[0] in _HEAVY else 1
+    return own + sum(map(_operations, key[1:]))
+
+
 # Operators and their kernels.
+
+
+def _like(x: Any, value: Any) -> Any:
+    """A number in as many lanes as x."""
+    return splat(value, int(DataType(str(x.ty.dtype)).lanes)) if isinstance(value, float) else value
+
+
+def _relu(a: Any) -> Any:
+    return select(a > _like(a, 0.0), a, _like(a, 0.0))
+
+
+def _gelu(a: Any) -> Any:
+    return a * _like(a, 0.5) * (functions.erf(a * _like(a, math.sqrt(0.5))) + _like(a, 1.0))
+
+
+def _gelu_tanh(a: Any) -> Any:
+    inner = a * _like(a, math.sqrt(2 / math.pi)) * (a * a * _like(a, 0.044715) + _like(a, 1.0))
+    return a * _like(a, 0.5) * (functions.tanh(inner) + _like(a, 1.0))
 
 
 ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "relax.add": lambda a, b: a + b,
     "relax.subtract": lambda a, b: a - b,
     "relax.multiply": lambda a, b: a * b,
-    "relax.divide": lambda a, b: a / b,
-    "relax.negative": lambda a: 0.0 - a,
+    "relax.negative": lambda a: _like(a, 0.0) - a,
     "relax.exp": functions.exp,
     "relax.tanh": functions.tanh,
     "relax.sigmoid": functions.sigmoid,
     "relax.erf": functions.erf,
     "relax.greater": lambda a, b: a > b,
     "relax.where": select,
-    "relax.nn.relu": lambda a: select(a > 0.0, a, 0.0),
+    "relax.nn.relu": _relu,
     "relax.nn.silu": lambda a: a * functions.sigmoid(a),
-    "relax.nn.gelu": lambda a: a * 0.5 * (functions.erf(a * math.sqrt(0.5)) + 1.0),
-    "relax.nn.gelu_tanh": lambda a: (
-        a
-        * 0.5
-        * (functions.tanh(a * (a * a * 0.044715 + 1.0) * math.sqrt(2 / math.pi)) + 1.0)
-    ),
+    "relax.nn.gelu": _gelu,
+    "relax.nn.gelu_tanh": _gelu_tanh,
 }
 """Elementwise operators as expressions; chains of them become one kernel."""
+
+_HEAVY = {"relax.exp", "relax.tanh", "relax.sigmoid", "relax.erf"} | {
+    f"relax.nn.{name}" for name in ("silu", "gelu", "gelu_tanh")
+}
+_HEAVY_OPERATIONS = 25
+"""Instructions of a transcendental function, roughly: decides whether a kernel is worth two threads."""
 
 
 def _matmul(low: Lowering, var: Any, call: Any) -> None:
@@ -594,11 +654,9 @@ def _reshape(low: Lowering, var: Any, call: Any) -> None:
         low.values[var] = x
         return
     if len(old) == 4 and not _same_order(old):
-        n, c, h, w = old
-        x = low.transpose(x, (n, h * w, c), (0, 2, 1), (n, c, h, w))
+        x = low.channels_first(x, old)
     if len(new) == 4 and not _same_order(new):
-        n, c, h, w = new
-        low.values[var] = low.transpose(x, (n, c, h * w), (0, 2, 1), (n, h, w, c))
+        low.values[var] = low.channels_last(x, new)
         return
     low.values[var] = Value(x.buffer, _stored(new))
 
@@ -606,10 +664,11 @@ def _reshape(low: Lowering, var: Any, call: Any) -> None:
 def _concat(low: Lowering, var: Any, call: Any) -> None:
     parts = [low.value(part) for part in call.args[0].fields]
     axis = _stored_axis(int(call.attrs.axis), len(_dims(var)))
-    shapes = tuple(part.stored for part in parts)
+    outer = math.prod(parts[0].stored[:axis])
+    widths = tuple(math.prod(part.stored[axis:]) for part in parts)
     out = low.new(var, _stored(_dims(var)))
-    build = lambda: layout.concat(low.cpu, shapes, axis)  # noqa: E731
-    low.emit("concat", ("concat", shapes, axis), build, parts, [out])
+    build = lambda: layout.concatenate(low.cpu, outer, widths)  # noqa: E731
+    low.emit("concat", ("concat", outer, widths), build, parts, [out])
     low.values[var] = out
 
 
@@ -617,11 +676,99 @@ def _split(low: Lowering, var: Any, call: Any) -> None:
     x = low.value(call.args[0])
     rank = len(_dims(call.args[0]))
     axis = _stored_axis(int(call.attrs.axis) % rank, rank)
-    shapes = tuple(_stored(tuple(int(d) for d in ty.shape)) for ty in var.ty.fields)
-    outs = [Value(Buffer(bytes=4 * math.prod(shape)), shape) for shape in shapes]
-    build = lambda: layout.split(low.cpu, shapes, axis)  # noqa: E731
-    low.emit("split", ("split", shapes, axis), build, [x], outs)
-    low.values[var] = tuple(outs)
+    outer, width, start = math.prod(x.stored[:axis]), math.prod(x.stored[axis:]), 0
+    parts = []
+    for ty in var.ty.fields:
+        part = low.temporary(_stored(tuple(int(d) for d in ty.shape)))
+        size = math.prod(part.stored[axis:])
+        key = ("cut", outer, width, start, size)
+        build = lambda key=key: layout.cut(low.cpu, *key[1:])  # noqa: E731
+        low.emit("cut", key, build, [x], [part])
+        parts.append(part)
+        start += size
+    low.values[var] = tuple(parts)
+
+
+def _softmax(low: Lowering, var: Any, call: Any) -> None:
+    x = low.value(call.args[0])
+    rows, columns = math.prod(x.stored[:-1]), x.stored[-1]
+    out = low.new(var, x.stored)
+    build = lambda: reduce.softmax(low.cpu, rows, columns)  # noqa: E731
+    low.emit("softmax", ("softmax", rows, columns), build, [x], [out])
+    low.values[var] = out
+
+
+def _sum(low: Lowering, var: Any, call: Any) -> None:
+    """Sums over the last axis, which stays with extent 1."""
+    x = low.value(call.args[0])
+    rank = len(x.stored)
+    axes = [int(axis) % rank for axis in call.attrs.axis or range(rank)]
+    if axes != [rank - 1] or rank == 4:
+        raise ModelRefused(f"no kernel for a sum over the axes {axes} of rank {rank}")
+    rows, columns = math.prod(x.stored[:-1]), x.stored[-1]
+    out = low.new(var, (*x.stored[:-1], 1))
+    build = lambda: reduce.reduction(low.cpu, rows, columns, 1, "sum")  # noqa: E731
+    low.emit("sum", ("sum", rows, columns), build, [x], [out])
+    low.values[var] = out
+
+
+def _normalise(low: Lowering, var: Any, call: Any) -> None:
+    """(x - mean) / √(variance + ε) over groups of channels, or over the last axes."""
+    x = low.value(call.args[0])
+    epsilon = float(call.attrs.epsilon)
+    groups = int(getattr(call.attrs, "num_groups", 0))
+    axes = [int(axis) % len(x.stored) for axis in call.attrs.axes]
+    view = _groups(x.stored, groups, min(axes))
+    whole, each = _as_groups(x, view), (view[0], 1, view[2], 1)
+    mean = _group_mean(low, x, view)
+    squares = low.temporary(view)
+    low.map("centred_square", [whole, mean], squares, lambda a, m: (a - m) * (a - m))
+    variance = _group_mean(low, squares, view)
+    out = low.new(var, x.stored)
+    low.map(
+        f"normalise_{clipping.fixed(epsilon)}",
+        [whole, mean, variance],
+        _as_groups(out, view),
+        lambda a, m, v: (a - m) / T.sqrt(v + _like(v, epsilon)),
+    )
+    low.spreads[id(out.buffer)] = (view, Value(variance.buffer, each), epsilon)
+    low.values[var] = out
+
+
+def _normalise_adjoint(low: Lowering, var: Any, call: Any) -> None:
+    """dx = (d - mean(d) - y · mean(d · y)) / √(variance + ε)."""
+    y, d = (low.value(v) for v in _operands(call))
+    view, variance, epsilon = low.spreads[id(y.buffer)]
+    products = low.temporary(view)
+    low.map("product", [_as_groups(d, view), _as_groups(y, view)], products, lambda a, b: a * b)
+    mean, slope = _group_mean(low, d, view), _group_mean(low, products, view)
+    out = low.new(var, y.stored)
+    low.map(
+        f"normalise_adjoint_{clipping.fixed(epsilon)}",
+        [_as_groups(d, view), _as_groups(y, view), mean, slope, variance],
+        _as_groups(out, view),
+        lambda a, b, m, s, v: (a - m - b * s) / T.sqrt(v + _like(v, epsilon)),
+    )
+    low.values[var] = out
+
+
+def _groups(stored: Shape, groups: int, first: int) -> Shape:
+    """A shape as [outer, pixels, groups, channels of a group]; means go over axes 1 and 3."""
+    if groups:
+        n, h, w, c = stored
+        return (n, h * w, groups, c // groups)
+    return (math.prod(stored[:first]), 1, 1, math.prod(stored[first:]))
+
+
+def _as_groups(value: Value, view: Shape) -> Value:
+    return Value(value.buffer, view)
+
+
+def _group_mean(low: Lowering, x: Value, view: Shape) -> Value:
+    outer, pixels, groups, each = view
+    by_channel = low.mean(x, outer, pixels, groups * each)
+    mean = low.mean(by_channel, outer * groups, each, 1)
+    return Value(mean.buffer, (outer, 1, groups, 1))
 
 
 def _adjoint(low: Lowering, var: Any, call: Any) -> None:
@@ -737,6 +884,11 @@ TEMPLATES: dict[str, Callable[[Lowering, Any, Any], None]] = {
     "relax.reshape": _reshape,
     "relax.concat": _concat,
     "relax.split": _split,
+    "relax.sum": _sum,
+    "relax.nn.softmax": _softmax,
+    "relax.nn.group_norm": _normalise,
+    "relax.nn.layer_norm": _normalise,
+    "myelin.normalise-adjoint": _normalise_adjoint,
     "myelin.cross-entropy-adjoint": _adjoint,
     "myelin.binary-cross-entropy-adjoint": _adjoint,
     "myelin.mean-squared-error-adjoint": _adjoint,
