@@ -1,0 +1,48 @@
+"""The geometry that convolution and pooling share: windows that slide over an image in a border."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """n images of h × w, windows of kh × kw."""
+
+    n: int
+    h: int
+    w: int
+    kh: int
+    kw: int
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, bottom, right
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for sizes that leave no window."""
+        if min(self.n, self.h, self.w, self.kh, self.kw, *self.stride) < 1 or min(self.padding) < 0:
+            raise ValueError(f"sizes and strides must be at least 1, padding at least 0: {self}")
+        if self.hp < self.kh or self.wp < self.kw:
+            raise ValueError(f"the window is larger than the padded image: {self}")
+
+    @property
+    def hp(self) -> int:
+        """Height with padding."""
+        return self.h + self.padding[0] + self.padding[2]
+
+    @property
+    def wp(self) -> int:
+        """Width with padding."""
+        return self.w + self.padding[1] + self.padding[3]
+
+    @property
+    def oh(self) -> int:
+        """Height of the output; windows that would not fit are left out."""
+        return (self.hp - self.kh) // self.stride[0] + 1
+
+    @property
+    def ow(self) -> int:
+        """Width of the output."""
+        return (self.wp - self.kw) // self.stride[1] + 1
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of one output image."""
+        return self.oh * self.ow
