@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from myelin.cell import MESSAGE_BYTES, Cell, backends, native_file
+from myelin.cell import MESSAGE_BYTES, Cell, backends
 from myelin.errors import CellDied, EnclaveRefused, UsageError
+from myelin.native import native_file
 
 SOURCES = Path(__file__).parent / "cell_image"
 ECHO, REFUSE, SPIN, GATHER, HEAP_ENDS, AVX2, AVX512 = range(7)
@@ -530,8 +531,3 @@ def test_a_cell_ends_with_its_host_even_while_it_computes(image: Path) -> None:
         time.sleep(0.01)
     # Where nobody reaps orphans it may stay as a zombie, which runs no more.
     assert gone(pid) or "Z (zombie)" in Path(f"/proc/{pid}/status").read_text()
-
-
-def test_a_missing_binary_says_what_to_do() -> None:
-    with pytest.raises(UsageError, match="make setup"):
-        native_file("nothing")

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Literal, NoReturn, Self
 
 from myelin.errors import CellDied, EnclaveRefused, UsageError
+from myelin.native import native_file
 
 Backend = Literal["process", "kvm"]
 
@@ -47,17 +48,6 @@ _SIGNALS = {
     signal.SIGTRAP: "the enclave hit a breakpoint instruction",
     signal.SIGKILL: "it was killed from outside, perhaps because memory ran out",
 }
-
-
-def native_file(name: str) -> Path:
-    """The prebuilt binary `name`: `cell`, or `libmyelin_enclave-LEVEL.a`.
-
-    Raises `UsageError` when it has not been built.
-    """
-    path = Path(__file__).parent / "native" / name
-    if not path.is_file():
-        raise UsageError(f"{path} is missing; run `make setup` to build it, or install a wheel")
-    return path
 
 
 def backends() -> dict[Backend, str | None]:
