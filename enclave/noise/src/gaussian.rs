@@ -10,7 +10,7 @@ use safe_arch::{
     add_i64_m256i, blend_varying_m256d, cast_to_m256d_from_m256i, cast_to_m256i_from_m256d,
     convert_to_m128_from_m256d, fused_mul_add_m256d as fma, m256d, m256i, max_m256d, min_m256d,
     round_m256d, set_splat_i64_m256i as bits, set_splat_m256d as splat, shl_imm_u64_m256i,
-    shr_imm_u64_m256i,
+    shr_imm_u64_m256i, sub_i64_m256i,
 };
 use zeroize::Zeroize;
 
@@ -110,16 +110,21 @@ fn group(words: &[u64; WORDS], sums: &[f64; GROUP], factors: &Factors) -> [f32; 
     bytemuck::cast([mean(s0.into(), radius, z0, factors), mean(s1.into(), radius, z1, factors)])
 }
 
-/// k·g/divisor with k = round(S/g + radius·z). The integer part of S/g is set aside before the noise is added, so that
-/// the sum is rounded once, to an integer, however large S is; adding first would favour even k.
+/// k·g/divisor as float32.
 #[inline(always)]
 fn mean(sum: m256d, radius: m256d, z: m256d, factors: &Factors) -> [f32; 4] {
+    convert_to_m128_from_m256d(grid_point(sum, radius, z, factors) * factors.step).into()
+}
+
+/// k = round(S/g + radius·z). The integer part of S/g is set aside before the noise is added, so that the sum is
+/// rounded once, to an integer, however large S is; adding first would round twice and favour even k.
+#[inline(always)]
+fn grid_point(sum: m256d, radius: m256d, z: m256d, factors: &Factors) -> m256d {
     let limit = 2_251_799_813_685_248.0; // 2⁵¹
     // The order of operands makes NaN 2⁵¹: the instruction returns its second operand then.
     let a = max_m256d(min_m256d(sum * factors.to_grid, splat(limit)), splat(-limit));
     let integer = round_even(a);
-    let k = integer + round_even(fma(radius, z, a - integer));
-    convert_to_m128_from_m256d(k * factors.step).into()
+    integer + round_even(fma(radius, z, a - integer))
 }
 
 /// A uniform number of (0, 1]: 104 bits, rounded to the nearest float64. Never 0.
@@ -147,7 +152,8 @@ fn radius(u: m256d) -> m256d {
     let x = head + (tail + rest);
     // y = 1/sqrt(x) from the bits of x within 3.4 %, then two steps of higher order and one on the root itself. The
     // square-root instruction is faster, but not known to take the same time for every operand.
-    let y = as_float(sub(bits(0x5fe6_eb50_c7b5_37a9), shr_imm_u64_m256i::<1>(as_bits(x))));
+    let y =
+        as_float(sub_i64_m256i(bits(0x5fe6_eb50_c7b5_37a9), shr_imm_u64_m256i::<1>(as_bits(x))));
     let e = fma(x * y, y * splat(-1.0), splat(1.0));
     let p = fma(fma(e, splat(0.3125), splat(0.375)), e, splat(0.5));
     let y = fma(y * e, p, y);
@@ -207,11 +213,6 @@ fn as_float(x: m256i) -> m256d {
     cast_to_m256d_from_m256i(x)
 }
 
-#[inline(always)]
-fn sub(a: m256i, b: m256i) -> m256i {
-    safe_arch::sub_i64_m256i(a, b)
-}
-
 /// Bits of 1, of a float64's fraction, and of sqrt(1/2).
 const ONE: i64 = 0x3ff0_0000_0000_0000;
 const MANTISSA: i64 = 0x000f_ffff_ffff_ffff;
@@ -252,3 +253,72 @@ const COS: [f64; 7] = [
     4.710678405505227e-07,
     -6.329396344967424e-09,
 ];
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests fail by panics")]
+
+    use std::vec;
+    use std::vec::Vec;
+
+    use super::*;
+
+    /// The two Gaussians of three words.
+    fn pair(words: [u64; 3]) -> (f64, f64) {
+        let [w0, w1, w2] = words.map(|word| m256i::from([word; 4]));
+        let radius = radius(uniform(w0, w1));
+        let (first, second) = direction(w2);
+        let (z0, z1): ([f64; 4], [f64; 4]) = ((radius * first).into(), (radius * second).into());
+        (z0[0], z1[0])
+    }
+
+    #[test]
+    fn gaussians_match_mpmath() {
+        for row in include_str!("../tests/vectors/pairs.txt").lines() {
+            let fields: [&str; 5] = row.split(' ').collect::<Vec<_>>().try_into().unwrap();
+            let words = [0, 1, 2].map(|i| u64::from_str_radix(fields[i], 16).unwrap());
+            let expected = [3, 4].map(|i| fields[i].parse::<f64>().unwrap());
+            let radius = expected[0].hypot(expected[1]);
+            // u is rounded to 2⁻⁵⁴ of itself, which counts where u is near 1 and the radius small.
+            let rounding = (2f64.powi(-53) / radius).min(2f64.powi(-26));
+            let (z0, z1) = pair(words);
+            for (z, expected) in [(z0, expected[0]), (z1, expected[1])] {
+                let error = (z - expected).abs();
+                assert!(error <= 2f64.powf(-50.9) * expected.abs() + rounding, "{row}: {z}");
+            }
+        }
+    }
+
+    /// Share of even integers among 2²⁰ releases of a sum half way between two integers, each by `round`.
+    fn even_share(a: f64, round: impl Fn(m256d, m256d, m256d, &Factors) -> m256d) -> f64 {
+        let factors = Factors::new(Scale { grid: 1.0, sigma: 32.0, divisor: 1.0 });
+        let mut generator = Generator::new(&[3; 32]);
+        let mut words = vec![[0u64; WORDS]; 1 << 17];
+        generator.blocks(bytemuck::cast_slice_mut(&mut words));
+        let mut even = 0u32;
+        for words in &words {
+            let [w0, w1, w2]: [[u64; 4]; 3] = bytemuck::cast(*words);
+            let radius = radius(uniform(w0.into(), w1.into())) * factors.spread;
+            let (z0, z1) = direction(w2.into());
+            for z in [z0, z1] {
+                let k: [f64; 4] = round(splat(a), radius, z, &factors).into();
+                even += k.iter().map(|k| u32::from(*k as i64 % 2 == 0)).sum::<u32>();
+            }
+        }
+        f64::from(even) / f64::from(1 << 20)
+    }
+
+    #[test]
+    fn large_sums_are_rounded_once() {
+        for exponent in [0, 20, 40, 50] {
+            let share = even_share(2f64.powi(exponent) + 0.5, grid_point);
+            assert!((share - 0.5).abs() < 5.0 * 0.5 / 1024.0, "2^{exponent}: {share}");
+        }
+        // Noise added before rounding favours even integers: the check above would see it.
+        let twice = |sum: m256d, radius, z, factors: &Factors| {
+            round_even(fma(radius, z, sum * factors.to_grid))
+        };
+        let share = even_share(2f64.powi(50) + 0.5, twice);
+        assert!(share > 0.55, "{share}");
+    }
+}
