@@ -23,11 +23,12 @@ from tvm.script.ir_builder import tirx as T
 from myelin import clipping, training
 from myelin.cpu import Cpu
 from myelin.errors import DataRefused, ModelRefused
-from myelin.kernels import bounds, elementwise, functions, layout, linear, loss, reduce
+from myelin.kernels import bounds, elementwise, functions, layout, linear, loss, pool, reduce
 from myelin.kernels import clipping as clip_kernels
 from myelin.kernels import conv as conv_kernels
 from myelin.kernels import object as kernel_object
 from myelin.kernels.conv import Conv
+from myelin.kernels.pool import Pool
 from myelin.kernels.tir import select, splat
 from myelin.model import Model
 from myelin.optimizer import Optimizer
@@ -689,6 +690,47 @@ def _split(low: Lowering, var: Any, call: Any) -> None:
     low.values[var] = tuple(parts)
 
 
+def _pool(low: Lowering, var: Any, call: Any) -> None:
+    x = low.value(call.args[0])
+    window = _window(x.stored, call)
+    out = low.new(var, (window.n, window.oh, window.ow, window.c))
+    template = pool.max_forward if "max" in operator(call) else pool.average_forward
+    build = lambda: template(low.cpu, window)  # noqa: E731
+    low.emit("pool", (template.__name__, window), build, [x], [out])
+    low.values[var] = out
+
+
+def _pool_adjoint(low: Lowering, var: Any, call: Any) -> None:
+    d = low.value(call.args[0])
+    window = _window(_stored(_dims(var)), call)
+    out = low.new(var, (window.n, window.h, window.w, window.c))
+    largest = "max" in operator(call)
+    template = pool.max_backward if largest else pool.average_backward
+    inputs = [low.value(call.args[1]), d] if largest else [d]
+    build = lambda: template(low.cpu, window)  # noqa: E731
+    low.emit("pool_backward", (template.__name__, window), build, inputs, [out])
+    low.values[var] = out
+
+
+def _window(stored: Shape, call: Any) -> Pool:
+    """The pooling of an image as stored."""
+    n, h, w, c = stored
+    kh, kw = (int(k) for k in call.attrs.pool_size)
+    stride = (int(call.attrs.strides[0]), int(call.attrs.strides[1]))
+    top, left, bottom, right = (int(p) for p in call.attrs.padding)
+    return Pool(
+        n=n,
+        h=h,
+        w=w,
+        c=c,
+        kh=kh,
+        kw=kw,
+        stride=stride,
+        padding=(top, left, bottom, right),
+        count_padding="max" in operator(call) or bool(call.attrs.count_include_pad),
+    )
+
+
 def _softmax(low: Lowering, var: Any, call: Any) -> None:
     x = low.value(call.args[0])
     rows, columns = math.prod(x.stored[:-1]), x.stored[-1]
@@ -884,6 +926,10 @@ TEMPLATES: dict[str, Callable[[Lowering, Any, Any], None]] = {
     "relax.reshape": _reshape,
     "relax.concat": _concat,
     "relax.split": _split,
+    "relax.nn.max_pool2d": _pool,
+    "relax.nn.avg_pool2d": _pool,
+    "relax.grad.max_pool2d_backward": _pool_adjoint,
+    "relax.grad.avg_pool2d_backward": _pool_adjoint,
     "relax.sum": _sum,
     "relax.nn.softmax": _softmax,
     "relax.nn.group_norm": _normalise,
