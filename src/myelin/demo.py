@@ -41,6 +41,8 @@ EPSILON, DELTA = 2.0, 1e-5
 SIMULATED = "The TEE is simulated: this shows what Myelin does, and protects nothing."
 
 MODEL = nn.Sequential(nn.Linear(30, 1))
+EXAMPLE = np.zeros((1, 30), np.float32)
+LOSS = "binary-cross-entropy"
 OPTIMIZER = SGD(lr=1.0, momentum=0.9)
 
 
@@ -66,56 +68,48 @@ class Teller:
     """A context manager for so many steps that yields a function told the steps done."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cast:
+    """The parties, and what each of the senders holds."""
+
+    hospitals: dict[str, Party]
+    registry: Party
+    university: Party
+    records: dict[str, hospitals.Records]
+
+    @classmethod
+    def assemble(cls) -> Cast:
+        """Makes fresh keys for everyone and hands out the data."""
+        data, test = hospitals.load()
+        return cls(
+            hospitals={name: Party.generate(name) for name in data},
+            registry=Party.generate(hospitals.TEST_NAME),
+            university=Party.generate("University"),
+            records={**data, hospitals.TEST_NAME: test},
+        )
+
+    @property
+    def everyone(self) -> dict[str, Party]:
+        """All parties by name."""
+        parties = (*self.hospitals.values(), self.registry, self.university)
+        return {party.name: party for party in parties}
+
+
 def run(folder: Path, tell: Teller, *, backend: Backend = "process") -> dict[str, Any]:
     """Runs the demo in `folder`; returns the facts that `--json` prints."""
     tell.say(SIMULATED)
     folder.mkdir(parents=True, exist_ok=True)
-    data, test = hospitals.load()
-    owners = {name: Party.generate(name) for name in data}
-    registry = Party.generate(hospitals.TEST_NAME)
-    university = Party.generate("University")
+    cast = Cast.assemble()
+    _introduce(cast, tell)
+    seconds = {}
 
-    tell.say(
-        "\n1. Three hospitals, a registry with test records, and a university that wants a model"
-    )
-    tell.rows(
-        [
-            *((name, f"sends at most {CAPACITY} records, sealed") for name in data),
-            (registry.name, f"sends at most {CAPACITY} test records, sealed"),
-            (university.name, "receives the weights"),
-        ]
-    )
-
-    tell.say("\n2. The model becomes an enclave image")
     start = time.perf_counter()
-    built = _build(folder / "build")
-    seconds = {"build": time.perf_counter() - start}
-    image = built.image
-    tell.say(f"   image {len(image.content):,} bytes, measurement {image.measurement.hex()}")
-    again = build.rebuild(built.model_path.read_bytes())
-    build.compare(again, measurement=image.measurement, original=image)
-    tell.say("   the registry rebuilt it from the model file: the same measurement")
-
-    description = image.description
-    values = safetensors.numpy.load_file(built.weights_path)
-    weights = pack(description["parameters"], values)
-    job = Job.draft(
-        image=ImageReference(digest=image.digest, measurement=image.measurement),
-        weights=hashlib.sha256(weights.tobytes()).digest(),
-        privacy=privacy(),
-        sends={
-            "records": {party.public: CAPACITY for party in owners.values()},
-            "test": {registry.public: CAPACITY},
-        },
-        receives={"weights": [university.public], "score": [None]},
-    )
-    tell.say(f"\n3. The job {job.digest.hex()[:16]}…: who can see what")
-    tell.rows(
-        [("what", "from", "seen by"), *((r.what, r.source, r.visible_to) for r in job.describe())]
-    )
+    built = _make_image(folder / "build", tell)
+    seconds["build"] = time.perf_counter() - start
+    job = _write_job(built, cast, tell)
 
     world = World.create(folder / "simulator", now=int(time.time()))
-    policy = Policy.dangerous_simulation(world.root).for_job(job)
+    policy = Policy.dangerous_simulation(world.root)
     start = time.perf_counter()
     with Service(
         job=job,
@@ -124,37 +118,11 @@ def run(folder: Path, tell: Teller, *, backend: Backend = "process") -> dict[str
         attester=world,
         backend=backend,
     ) as service:
-        for party in (*owners.values(), registry, university):
+        for party in cast.everyone.values():
             service.approve(job.approve(party))
         service.evidence(secrets.token_bytes(32))
         seconds["launch"] = time.perf_counter() - start
-
-        tell.say(
-            "\n4. Each sender appraises the running enclave, then releases its key to it alone"
-        )
-        endorsements = service.endorsements(now=int(time.time()))
-        for index, send in enumerate(job.sends):
-            party = registry if send.slot == "test" else owners[job.parties[send.party].name]
-            records = test if send.slot == "test" else data[party.name]
-            file = BytesIO()
-            key = seal.seal_records(records.features, records.labels, file, capacity=send.capacity)
-            nonce = secrets.token_bytes(32)
-            appraised = evidence.appraise(
-                service.evidence(nonce), endorsements, policy, nonce, int(time.time())
-            )
-            ledger = None
-            if send.slot == "records":
-                path = folder / f"{party.name}.ledger"
-                ledger = Ledger.create(path, epsilon=EPSILON, delta=DELTA)
-            granted = grant.grant(party, job, appraised, key, slot=send.slot, ledger=ledger)
-            file.seek(0)
-            service.accept(index, granted, file)
-            budget = "" if ledger is None else f", epsilon spent {ledger.spent:.3f} of {EPSILON:g}"
-            tell.say(
-                f"   {party.name}: quote genuine under the TEST root, measurement and job as "
-                f"approved, TCB {appraised.platform.tcb_status}{budget}"
-            )
-
+        _grant_all(service, job, cast, policy, folder, tell)
         tell.say(f"\n5. Training inside: {job.privacy.steps} private steps")
         start = time.perf_counter()
         with tell.track(job.privacy.steps) as progress:
@@ -163,87 +131,158 @@ def run(folder: Path, tell: Teller, *, backend: Backend = "process") -> dict[str
         finished = service.finish()
         (output,) = service.outputs()
         sealed = BytesIO(b"".join(output.sealed))
+        endorsements = service.endorsements(now=int(time.time()))
 
-    receipt_path = folder / "receipt.cbor"
+    receipt_path, weights_path = folder / "receipt.cbor", folder / "weights.safetensors"
     receipt_path.write_bytes(finished)
-    verified = receipt.verify(
-        finished, Policy.dangerous_simulation(world.root), endorsements, int(time.time())
-    )
-    assert verified.score is not None
-    tell.say(
-        f"   epsilon {verified.privacy.epsilon:.3f}, delta {verified.privacy.delta:g} "
-        f"({NEIGHBORING_RELATION}), noise_multiplier {verified.privacy.noise_multiplier:.3f}, "
-        f"Poisson sample_rate {verified.privacy.sample_rate:g}"
-    )
+    verified = receipt.verify(finished, policy, endorsements, int(time.time()))
     plaintext = seal.open_output(
-        university,
+        cast.university,
         output.envelope,
         sealed,
         job=job.digest,
         slot="weights",
-        digest=verified.output("weights", university.name).digest,
+        digest=verified.output("weights", cast.university.name).digest,
     )
-    trained = unpack(description["parameters"], np.frombuffer(plaintext, np.float32))
-    safetensors.numpy.save_file(trained, folder / "weights.safetensors")
-
-    tell.say("\n6. The receipt verifies offline: evidence, approvals, inputs, privacy and results")
-    baseline = baseline_accuracy(weights)
-    tell.rows(
-        [
-            (
-                "test accuracy, private",
-                f"{verified.score.accuracy:.1%} (scored inside, in the receipt)",
-            ),
-            ("test accuracy, same model without privacy", f"{baseline:.1%}"),
-            ("receipt", str(receipt_path)),
-            ("weights, opened by the university", str(folder / "weights.safetensors")),
-        ]
-    )
+    trained = unpack(built.image.description["parameters"], np.frombuffer(plaintext, np.float32))
+    safetensors.numpy.save_file(trained, weights_path)
+    assert verified.score is not None  # the job asks for one
+    accuracy, baseline = verified.score.accuracy, baseline_accuracy(built)
+    _conclude(verified.privacy, accuracy, baseline, (receipt_path, weights_path), tell)
     tell.say(f"\n{SIMULATED}")
     return {
-        "test_accuracy": verified.score.accuracy,
+        "test_accuracy": accuracy,
         "baseline_accuracy": baseline,
         "epsilon": verified.privacy.epsilon,
         "delta": verified.privacy.delta,
         "neighboring_relation": NEIGHBORING_RELATION,
         "steps": verified.privacy.steps,
         "tee": f"simulated ({backend})",
-        "measurement": image.measurement.hex(),
+        "measurement": built.image.measurement.hex(),
         "image": str(built.image_path),
-        "image_bytes": len(image.content),
+        "image_bytes": len(built.image.content),
         "seconds": seconds,
         "receipt": str(receipt_path),
     }
 
 
-def _build(folder: Path) -> build.Build:
-    return build.build(
+def _introduce(cast: Cast, tell: Teller) -> None:
+    tell.say("\n1. Three hospitals, a registry with test records, a university that wants a model")
+    tell.rows(
+        [
+            *((name, f"sends at most {CAPACITY} records, sealed") for name in cast.hospitals),
+            (cast.registry.name, f"sends at most {CAPACITY} test records, sealed"),
+            (cast.university.name, "receives the weights"),
+        ]
+    )
+
+
+def _make_image(folder: Path, tell: Teller) -> build.Build:
+    tell.say("\n2. The model becomes an enclave image")
+    built = build.build(
         MODEL,
-        np.zeros((1, 30), np.float32),
-        loss="binary-cross-entropy",
+        EXAMPLE,
+        loss=LOSS,
         optimizer=OPTIMIZER,
         records=len(hospitals.NAMES) * CAPACITY,
         test=CAPACITY,
         batch=BATCH,
         directory=folder,
     )
+    image = built.image
+    tell.say(f"   image {len(image.content):,} bytes, measurement {image.measurement.hex()}")
+    again = build.rebuild(built.model_path.read_bytes())
+    build.compare(again, measurement=image.measurement, original=image)
+    tell.say("   the registry rebuilt it from the model file: the same measurement")
+    return built
 
 
-def baseline_accuracy(weights: npt.NDArray[np.float32]) -> float:
+def _write_job(built: build.Build, cast: Cast, tell: Teller) -> Job:
+    image = built.image
+    job = Job.draft(
+        image=ImageReference(digest=image.digest, measurement=image.measurement),
+        weights=hashlib.sha256(_initial(built).tobytes()).digest(),
+        privacy=privacy(),
+        sends={
+            "records": {party.public: CAPACITY for party in cast.hospitals.values()},
+            "test": {cast.registry.public: CAPACITY},
+        },
+        receives={"weights": [cast.university.public], "score": [None]},
+    )
+    tell.say(f"\n3. The job {job.digest.hex()[:16]}…: who can see what")
+    tell.rows(
+        [("what", "from", "seen by"), *((r.what, r.source, r.visible_to) for r in job.describe())]
+    )
+    return job
+
+
+def _grant_all(
+    service: Service, job: Job, cast: Cast, policy: Policy, folder: Path, tell: Teller
+) -> None:
+    tell.say("\n4. Each sender appraises the running enclave, then releases its key to it alone")
+    endorsements = service.endorsements(now=int(time.time()))
+    for index, send in enumerate(job.sends):
+        party = cast.everyone[job.parties[send.party].name]
+        records, file = cast.records[party.name], BytesIO()
+        key = seal.seal_records(records.features, records.labels, file, capacity=send.capacity)
+        nonce = secrets.token_bytes(32)
+        appraised = evidence.appraise(
+            service.evidence(nonce), endorsements, policy.for_job(job), nonce, int(time.time())
+        )
+        ledger = None
+        if send.slot == "records":
+            path = folder / f"{party.name}.ledger"
+            ledger = Ledger.create(path, epsilon=EPSILON, delta=DELTA)
+        granted = grant.grant(party, job, appraised, key, slot=send.slot, ledger=ledger)
+        file.seek(0)
+        service.accept(index, granted, file)
+        budget = "" if ledger is None else f", epsilon spent {ledger.spent:.3f} of {EPSILON:g}"
+        tell.say(
+            f"   {party.name}: quote genuine under the TEST root, measurement and job as "
+            f"approved, TCB {appraised.platform.tcb_status}{budget}"
+        )
+
+
+def _conclude(
+    spent: Privacy, accuracy: float, baseline: float, paths: tuple[Path, Path], tell: Teller
+) -> None:
+    tell.say(
+        f"   {spent.steps} steps: epsilon {spent.epsilon:.3f}, delta {spent.delta:g} "
+        f"({NEIGHBORING_RELATION}), noise_multiplier {spent.noise_multiplier:.3f}, "
+        f"Poisson sample_rate {spent.sample_rate:g}"
+    )
+    tell.say("\n6. The receipt verifies offline: evidence, approvals, inputs, privacy and results")
+    tell.rows(
+        [
+            ("test accuracy, private", f"{accuracy:.1%} (scored inside, in the receipt)"),
+            ("test accuracy, same model without privacy", f"{baseline:.1%}"),
+            ("receipt", str(paths[0])),
+            ("weights, opened by the university", str(paths[1])),
+        ]
+    )
+
+
+def _initial(built: build.Build) -> npt.NDArray[np.float32]:
+    values = safetensors.numpy.load_file(built.weights_path)
+    return pack(built.image.description["parameters"], values)
+
+
+def baseline_accuracy(built: build.Build) -> float:
     """Test accuracy of the same model, start, steps and optimiser without privacy, outside."""
     data, test = hospitals.load()
     features = np.concatenate([records.features for records in data.values()])
     labels = np.concatenate([records.labels for records in data.values()])
     cpu = Cpu.named("x86-64-v3")
     program = compile_training(
-        load(MODEL, np.zeros((1, 30), np.float32)),
-        loss="binary-cross-entropy",
+        load(MODEL, EXAMPLE),
+        loss=LOSS,
         optimizer=OPTIMIZER,
         batch=len(features),
         cpu=cpu,
         private=False,
     )
     outside = Outside(program, cpu)
+    weights = _initial(built)
     everyone = np.ones(len(features), np.float32)
     for step in range(1, privacy().steps + 1):
         total = outside.gradient(features, labels, everyone, weights, 1.0)
