@@ -24,6 +24,7 @@ from myelin.cell import Backend
 from myelin.cpu import Cpu
 from myelin.evidence.simulator import World
 from myelin.grant import Ledger
+from myelin.hospitals import Records
 from myelin.job import ImageReference, Job
 from myelin.model import load
 from myelin.optimizer import SGD
@@ -75,7 +76,7 @@ class Cast:
     hospitals: dict[str, Party]
     registry: Party
     university: Party
-    records: dict[str, hospitals.Records]
+    records: dict[str, Records]
 
     @classmethod
     def assemble(cls) -> Cast:
@@ -122,7 +123,7 @@ def run(folder: Path, tell: Teller, *, backend: Backend = "process") -> dict[str
             service.approve(job.approve(party))
         service.evidence(secrets.token_bytes(32))
         seconds["launch"] = time.perf_counter() - start
-        _grant_all(service, job, cast, policy, folder, tell)
+        _grant_all(service, job, cast, policy, folder=folder, tell=tell)
         tell.say(f"\n5. Training inside: {job.privacy.steps} private steps")
         start = time.perf_counter()
         with tell.track(job.privacy.steps) as progress:
@@ -217,7 +218,7 @@ def _write_job(built: build.Build, cast: Cast, tell: Teller) -> Job:
 
 
 def _grant_all(
-    service: Service, job: Job, cast: Cast, policy: Policy, folder: Path, tell: Teller
+    service: Service, job: Job, cast: Cast, policy: Policy, *, folder: Path, tell: Teller
 ) -> None:
     tell.say("\n4. Each sender appraises the running enclave, then releases its key to it alone")
     endorsements = service.endorsements(now=int(time.time()))
