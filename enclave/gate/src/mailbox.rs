@@ -63,7 +63,7 @@ pub fn serve() {
 
 /// Writes the reply that says why nothing was done.
 fn refuse(reply: &mut [u8], refusal: Refusal) -> usize {
-    let status = (refusal as u32 + 1).to_le_bytes();
+    let status = refusal.status().to_le_bytes();
     let text = status.iter().chain(refusal.reason().as_bytes());
     reply.iter_mut().zip(text).map(|(to, from)| *to = *from).count()
 }

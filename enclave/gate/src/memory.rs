@@ -1,7 +1,9 @@
 //! The five memory functions that compilers call, and copies that they cannot see through. In assembly: written in
 //! Rust, the compiler would turn them into calls of themselves.
 
+use core::alloc::{GlobalAlloc, Layout};
 use core::arch::asm;
+use core::ptr;
 
 /// Copies `words` words. The compiler cannot merge it with what follows, so untrusted memory is read exactly once.
 ///
@@ -87,3 +89,17 @@ unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
     // SAFETY: as in C.
     unsafe { memcmp(a, b, count) }
 }
+
+/// There is no heap to allocate from. Crates that mention one must link, and nothing that runs may ask: it would die.
+struct NoHeap;
+
+// SAFETY: it never hands out memory, which the contract allows, so nothing comes back either.
+unsafe impl GlobalAlloc for NoHeap {
+    unsafe fn alloc(&self, _: Layout) -> *mut u8 {
+        ptr::null_mut()
+    }
+    unsafe fn dealloc(&self, _: *mut u8, _: Layout) {}
+}
+
+#[global_allocator]
+static NO_HEAP: NoHeap = NoHeap;
