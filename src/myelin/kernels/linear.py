@@ -44,7 +44,7 @@ def matmul(cpu: Cpu, m: int, k: int, n: int, *, bias: bool) -> Any:
         _product(
             cpu,
             (m, n, k),
-            left=lambda row, depth: load(x, row, depth),
+            left=lambda _, r, row, depth: load(x, row + r, depth),
             right=lambda depth, column, lanes: load(w, depth, column, lanes=lanes),
             start=lambda column, lanes: load(b[0], column, lanes=lanes) if b else splat(0.0, lanes),
             out=y,
@@ -59,7 +59,7 @@ def backward_data(cpu: Cpu, m: int, k: int, n: int) -> Any:
         _product(
             cpu,
             (m, k, n),
-            left=lambda row, depth: load(d, row, depth),
+            left=lambda _, r, row, depth: load(d, row + r, depth),
             right=lambda depth, column, lanes: [load(w, column + i, depth) for i in range(lanes)],
             out=dx,
         )
@@ -89,7 +89,7 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
         _product(
             cpu,
             (k, n, m),
-            left_tile=lambda tile, row, example: load(kept, tile, example, row),
+            left=lambda tile, r, _, example: load(kept, tile, example, r),
             right=scaled,
             out=g,
             chain=_EXAMPLES,
@@ -167,8 +167,7 @@ def _product(
     cpu: Cpu,
     extents: tuple[int, int, int],
     *,
-    left: Callable[[Any, Any], Any] | None = None,
-    left_tile: Callable[[Any, int, Any], Any] | None = None,
+    left: Callable[[Any, int, Any, Any], Any],
     right: Callable[[Any, Any, int], Any],
     start: Callable[[Any, int], Any] = lambda _column, lanes: splat(0.0, lanes),
     out: Any,
@@ -176,8 +175,8 @@ def _product(
 ) -> None:
     """out[row, column] = start[column] + Σ_depth left[row, depth] · right[depth, column].
 
-    `extents` are (rows, columns, depth). The left factor comes by row, or as (tile, row in the tile) when it was
-    packed by tiles. `right` gives a vector, or a list of scalars where its columns are not neighbours. With `chain`, no
+    `extents` are (rows, columns, depth). `left` is asked for row `r` of tile `tile`, which starts at
+    `row`, at a depth. `right` gives a vector, or a list of scalars where its columns are not neighbours. With `chain`, no
     accumulator adds more than that many products before it goes into a total.
     """
     rows, columns, depth = extents
@@ -214,7 +213,7 @@ def _product(
                 for step in range(steps):
                     at = first + near + step
                     for r in range(tile_rows):
-                        factor = left_tile(tile, r, at) if left_tile else left(row + r, at)
+                        factor = left(tile, r, row, at)
                         for offset, lanes in vectors_wide:
                             term = splat(factor, lanes) * load(
                                 packed, panel, at, offset, lanes=lanes

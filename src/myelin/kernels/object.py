@@ -19,6 +19,7 @@ from tvm import s_tir, tirx
 
 from myelin.cpu import Cpu
 from myelin.errors import MyelinError
+from myelin.kernels.tir import walk
 
 # What the enclave runtime supplies: two memory functions and TVM's backend calls, which the object reaches through
 # weak cells of one pointer each.
@@ -76,15 +77,9 @@ def workspace_bytes(kernels: Mapping[str, Any], cpu: Cpu) -> int:
     needed = [0]
     for function in _lower(kernels, cpu, _c_abi).functions.values():
         total = 0
-
-        def visit(node: Any) -> None:
-            nonlocal total
-            if isinstance(node, tirx.Call) and node.op.name == "tirx.call_extern":  # noqa: B023
-                name = getattr(node.args[0], "value", "")
-                if name == "TVMBackendAllocWorkspace":
-                    total += -(-int(node.args[3].value) // 64) * 64
-
-        tirx.stmt_functor.post_order_visit(function.body, visit)
+        for node in walk(function.body):
+            if isinstance(node, tvm.ir.Call) and node.op.name == "tirx.TVMBackendAllocWorkspace":
+                total += -(-int(node.args[2].value) // 64) * 64
         needed.append(total)
     return max(needed)
 
@@ -151,11 +146,10 @@ def _packed() -> Any:
 
 
 def _c_abi() -> Any:
-    @tvm.transform.module_pass(opt_level=0, name="CApi")
     def transform(module: Any, _context: Any) -> Any:
         return tvm.IRModule({g: _pointers(f) for g, f in module.functions.items()})
 
-    return transform
+    return tvm.transform.module_pass(transform, opt_level=0, name="CAbi")
 
 
 def _pointers(function: Any) -> Any:

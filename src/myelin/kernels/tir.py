@@ -11,6 +11,7 @@ Vectors have exactly the width that is asked for, 1 included, so that a tail is 
 
 from __future__ import annotations
 
+import math
 import operator
 import struct
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ from typing import Any, cast
 from tvm import DataType
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
+
+# From this size on TVM takes a buffer from the heap.
+_STACK = 1024
 
 # Below this many vector operations a kernel runs on one thread: waking others takes longer.
 PARALLEL_WORK = 16_384
@@ -66,8 +70,14 @@ class Kernel:
 
 
 def local(*shape: int, dtype: str = "float32") -> Any:
-    """Makes a buffer of this thread, in registers or on its stack: under 1 KiB, or TVM takes it from a heap."""
-    return T.alloc_buffer(shape, dtype, scope="local")
+    """Makes a buffer of this thread, on its stack or in registers.
+
+    TVM puts a buffer of under 1 KiB there, but only in its default scope: one of scope "local" is
+    taken from the heap and given back by two calls.
+    """
+    if math.prod(shape) * DataType(dtype).bits // 8 >= _STACK:
+        raise ValueError(f"a local buffer of shape {shape} is too large for the stack")
+    return T.alloc_buffer(shape, dtype)
 
 
 def workspace(*shape: int) -> Any:
