@@ -725,6 +725,50 @@ fn descriptions_that_make_no_sense_are_refused() {
     assert_eq!(refused(host.call(JOB, &[&job])), "field-wrong", "too small a heap");
 }
 
+/// A whole session for the Python client to read: vectors/enclave/session.json. Gradients are zero,
+/// so that the weights depend on nothing but the generator. `MYELIN_WRITE_VECTORS=1` writes it anew.
+#[test]
+fn the_vectors_are_current() {
+    let mut host = Host::new(Shape::SMALL, |job| job.noise_multiplier = 1_000_000).loaded();
+    host.control.borrow_mut().zero_gradients = true;
+    host.train(3, ALL, 1_000_000).unwrap();
+    let receipt = host.call(FINISH, &[]).unwrap();
+    let nonce: [u8; 32] = Sha256::digest(&receipt).into();
+    let evidence = host.call(ATTEST, &[&nonce]).unwrap();
+    let envelope = host.call(OUTPUT, &[&word(1), &word(0)]).unwrap();
+    let sealed = host.fetch();
+    let key = open_output(&host.researcher, &host.digest, &envelope);
+    let [sign_secret, hpke_seed] = Client::seeds(host.researcher.number);
+    let hex = |bytes: &[u8]| serde_json::Value::from(client::hex(bytes));
+    let vectors = serde_json::json!({
+        "job": hex(&host.job),
+        "approvals": (0..4).map(|i| hex(&host.party(i).approval(&host.digest))).collect::<Vec<_>>(),
+        "commitments": host.files.each_ref().map(|file| hex(&Sha256::digest(file))),
+        "nonce": hex(&nonce),
+        "hpke": hex(&evidence[..1216]),
+        "sign": hex(&evidence[1216..1281]),
+        "report_data": hex(&evidence[1281..]),
+        "receipt": hex(&receipt),
+        "receiver": {
+            "name": host.researcher.name,
+            "sign_secret": hex(&sign_secret),
+            "hpke_seed": hex(&hpke_seed),
+        },
+        "envelope": hex(&envelope),
+        "key": hex(&key),
+        "sealed": hex(&sealed),
+        "weights": hex(&unseal(&key, &sealed)),
+    });
+    let text = serde_json::to_string_pretty(&vectors).unwrap() + "\n";
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../vectors/enclave");
+    let path = format!("{folder}/session.json");
+    if std::env::var_os("MYELIN_WRITE_VECTORS").is_some() {
+        std::fs::create_dir_all(folder).unwrap();
+        std::fs::write(&path, &text).unwrap();
+    }
+    assert!(std::fs::read_to_string(&path).unwrap() == text, "{path} is of other code");
+}
+
 #[test]
 fn requests_that_are_none() {
     let mut host = Host::small();
