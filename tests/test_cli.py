@@ -1,0 +1,202 @@
+"""The whole demo through the command line alone, each party in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from myelin import hospitals
+
+MYELIN = str(Path(sys.executable).parent / "myelin")
+MODEL = """
+from myelin import nn
+net = nn.Sequential(nn.Linear(30, 1))
+other = nn.Sequential(nn.Linear(30, 2), nn.Tanh(), nn.Linear(2, 1))
+"""
+BUILD = ("--shape", "30", "--loss", "binary-cross-entropy", "--records", "480", "--test", "160")
+PRIVACY = ("--epsilon", "2", "--steps", "50", "--sample-rate", "0.5", "--max-grad-norm", "0.5")
+SENDERS = {"north": "records", "river": "records", "hill": "records", "registry": "test"}
+
+
+def myelin(*arguments: object, code: int = 0) -> dict[str, object]:
+    """Runs a verb with --json; checks the exit code and that stdout is one JSON object."""
+    verb, *rest = map(str, arguments)
+    done = subprocess.run(
+        [MYELIN, verb, *rest, *([] if verb == "inspect" else ["--json"])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    if code:
+        assert done.stdout == ""
+        return {"stderr": done.stderr}
+    return dict(json.loads(done.stdout))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Town:
+    """Where everyone's folder is, after the job ran to its end."""
+
+    root: Path
+    exchange: Path
+    policy: Path
+    granted: dict[str, dict[str, object]]
+
+
+@pytest.fixture(scope="module")
+def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
+    root = tmp_path_factory.mktemp("town")
+    exchange, world = root / "exchange", root / "host" / "world"
+    for name in (*SENDERS, "university"):
+        myelin("keygen", name, "--out", root / name)
+    (root / "model.py").write_text(MODEL)
+    optimizer = ("--optimizer", "sgd,lr=1.0,momentum=0.9")
+    myelin("build", f"{root}/model.py:net", *BUILD, *optimizer, "--out", root / "build")
+    data, test = hospitals.load()
+    for name, records in zip(SENDERS, [*data.values(), test], strict=True):
+        table = np.hstack([records.features, records.labels])
+        np.savetxt(root / name / "data.csv", table, delimiter=",", fmt="%.9g")
+        sealed = root / name / "data.sealed"
+        myelin(
+            *("seal", root / name / "data.csv", "--capacity", 160),
+            *("--labels", "real", "--out", sealed),
+        )
+    owners = [f"--records={root}/{name}/{name}.pub:160" for name in ("north", "river", "hill")]
+    myelin(
+        *("job", root / "build", "--exchange", exchange, *owners, *PRIVACY),
+        *("--test", f"{root}/registry/registry.pub:160"),
+        *("--weights", root / "university" / "university.pub"),
+    )
+    for name in (*SENDERS, "university"):
+        myelin("approve", exchange, "--key", root / name / f"{name}.key")
+    host = subprocess.Popen(
+        [MYELIN, "run", str(exchange), "--simulator", str(world), "--wait", "120", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        policy = root / "policy.toml"
+        policy.write_text(f'type = "myelin/policy/1"\ndanger_simulator_root = "{world}/root.pem"\n')
+        granted = {}
+        for name, slot in SENDERS.items():
+            ledger = ("--ledger", root / name / "ledger", "--budget", 2)
+            granted[name] = myelin(
+                *("grant", exchange, "--key", root / name / f"{name}.key", "--slot", slot),
+                *("--sealed", root / name / "data.sealed", "--policy", policy, "--wait", 60),
+                *(ledger if slot == "records" else ()),
+            )
+        stdout, stderr = host.communicate(timeout=120)
+        assert host.returncode == 0, stderr
+        assert "simulated" in stderr
+        assert json.loads(stdout)["simulated"] is True
+        yield Town(root=root, exchange=exchange, policy=policy, granted=granted)
+    finally:
+        host.kill()
+        host.wait()
+
+
+def test_every_sender_appraised_the_job_s_measurement(town: Town) -> None:
+    image = myelin("inspect", town.exchange / "image.elf")
+    for answer in town.granted.values():
+        assert answer["measurement"] == image["measurement"]
+        assert answer["simulated"] is True
+
+
+def test_the_receipt_verifies_and_states_privacy_and_score(town: Town) -> None:
+    answer = myelin("verify", town.exchange / "receipt.cbor", "--policy", town.policy)
+    assert 0 < float(str(answer["epsilon"])) <= 2
+    assert answer["steps"] == 50
+    assert answer["neighboring_relation"] == "add-or-remove-one"
+    assert answer["simulated"] is True
+    assert float(str(answer["score"])) >= 0.92
+
+
+def test_the_receiver_opens_weights_that_predict_what_the_receipt_says(town: Town) -> None:
+    out = town.root / "weights.safetensors"
+    key = town.root / "university" / "university.key"
+    myelin("fetch", town.exchange, "--key", key, "--policy", town.policy, "--out", out)
+    weight, bias = safetensors.numpy.load_file(out).values()
+    if weight.ndim == 1:
+        weight, bias = bias, weight
+    _, test = hospitals.load()
+    outputs = test.features.astype(np.float64) @ weight.T.astype(np.float64) + bias
+    accuracy = np.mean((outputs > 0) == (test.labels > 0.5))
+    receipt = myelin("verify", town.exchange / "receipt.cbor", "--policy", town.policy)
+    assert abs(accuracy - float(str(receipt["score"]))) < 1 / len(test.labels) + 1e-9
+
+
+def test_a_rebuild_measures_the_same(town: Town) -> None:
+    answer = myelin("rebuild", town.exchange / "job.cbor", "--model", town.exchange / "model.json")
+    assert answer["measurement"] == myelin("inspect", town.exchange / "image.elf")["measurement"]
+
+
+def test_a_rebuild_of_another_model_says_what_differs(town: Town) -> None:
+    other = town.root / "other"
+    myelin("build", f"{town.root}/model.py:other", *BUILD, "--out", other)
+    answer = myelin(
+        *("rebuild", town.exchange / "job.cbor", "--model", other / "model.json"),
+        *("--image", town.exchange / "image.elf"),
+        code=6,
+    )
+    assert "version of kernels" in str(answer["stderr"])
+    assert "description field parameters" in str(answer["stderr"])
+
+
+def test_a_changed_receipt_is_invalid(town: Town) -> None:
+    content = bytearray((town.exchange / "receipt.cbor").read_bytes())
+    content[-200] ^= 1
+    changed = town.root / "changed.cbor"
+    changed.write_bytes(content)
+    answer = myelin(
+        *("verify", changed, "--policy", town.policy),
+        *("--endorsements", town.exchange / "endorsements.json"),
+        code=4,
+    )
+    assert "receipt invalid" in str(answer["stderr"])
+
+
+def test_a_production_policy_refuses_the_simulator(town: Town) -> None:
+    policy = town.root / "production.toml"
+    policy.write_text('type = "myelin/policy/1"\n')
+    answer = myelin("verify", town.exchange / "receipt.cbor", "--policy", policy, code=4)
+    assert "root" in str(answer["stderr"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("build", "model.txt", *BUILD, "--out", "x"), "an .onnx file, or FILE.py:NAME"),
+        (("seal", "nothing.txt", "--capacity", "1", "--out", "x"), ".npz or .csv"),
+        (("approve", "."), "--key"),
+    ],
+)
+def test_usage_errors_end_with_2(arguments: tuple[str, ...], word: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [MYELIN, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2
+    assert word in done.stderr
+
+
+def test_budget_answers_with_the_noise_that_keeps_epsilon() -> None:
+    answer = myelin("budget", "--records", 480, *PRIVACY)
+    assert 0 < float(str(answer["epsilon"])) <= 2
+    assert float(str(answer["noise_multiplier"])) > 0
+
+
+def test_every_verb_has_an_example_in_its_help() -> None:
+    verbs = "keygen budget build inspect job approve seal grant run fetch verify rebuild demo"
+    for verb in verbs.split():
+        done = subprocess.run([MYELIN, verb, "--help"], capture_output=True, text=True, check=True)
+        assert f"Example: myelin {verb}" in done.stdout
