@@ -27,24 +27,22 @@ pub fn serve() {
     // SAFETY: slot 0 alone comes here, and one thread at a time holds it.
     let (request, reply, started, session) =
         unsafe { (REQUEST.get(), REPLY.get(), STARTED.get(), SESSION.get()) };
-    let session = if *started {
-        // SAFETY: written below before `started` was set.
-        unsafe { session.assume_init_mut() }
-    } else {
+    if !*started {
+        start(session);
         *started = true;
-        session.write(Session::new(Gate::new()))
-    };
+    }
     let mut length = 0u64;
     // SAFETY: the mailbox is mapped at this address, or the thread faults; `length` is a word.
     unsafe { copy_words((&raw mut length).cast(), MAILBOX as *const u64, 1) };
     let length = usize::try_from(length).unwrap_or(usize::MAX);
     let replied = match request.get_mut(..length) {
         Some(request) => {
-            // SAFETY: `length` fits the buffer, whose size is a multiple of a word, and the body of the mailbox.
+            // SAFETY: `length` fits the buffer, whose size is a multiple of a word, and the mailbox.
             unsafe {
-                copy_words(request.as_mut_ptr().cast(), BODY as *const u64, length.div_ceil(8))
-            };
-            let replied = session.handle(request, reply);
+                copy_words(request.as_mut_ptr().cast(), BODY as *const u64, length.div_ceil(8));
+            }
+            // SAFETY: `start` wrote it.
+            let replied = handle(unsafe { session.assume_init_mut() }, request, reply);
             wipe(request);
             replied
         }
@@ -54,11 +52,22 @@ pub fn serve() {
     // The last word goes out whole: nothing older may stand in it.
     wipe(reply.get_mut(replied..replied.next_multiple_of(8)).unwrap_or_default());
     let length = replied as u64;
-    // SAFETY: the reply fits the body of the mailbox; both are words at least as long.
+    // SAFETY: the reply fits the body of the mailbox, the length its place in the header.
     unsafe {
         copy_words(BODY as *mut u64, reply.as_ptr().cast(), replied.div_ceil(8));
         copy_words(REPLY_LENGTH as *mut u64, (&raw const length).cast(), 1);
     }
+}
+
+/// Makes the session. Not inlined, as below: its large frame is gone when requests are handled.
+#[inline(never)]
+fn start(session: &mut MaybeUninit<Session<Gate>>) {
+    session.write(Session::new(Gate::new()));
+}
+
+#[inline(never)]
+fn handle(session: &mut Session<Gate>, request: &[u8], reply: &mut [u8]) -> usize {
+    session.handle(request, reply)
 }
 
 /// Writes the reply that says why nothing was done.
