@@ -63,7 +63,9 @@ class Model:
         """
         _check_shape("the input", self.input)
         if not 0 < len(self.nodes) <= LIMITS["nodes"]:
-            raise ModelRefused(f"a model has 1 to {LIMITS['nodes']} operators, not {len(self.nodes)}")
+            raise ModelRefused(
+                f"a model has 1 to {LIMITS['nodes']} operators, not {len(self.nodes)}"
+            )
         for name, shape in self.shapes.items():
             if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,127}", name):
                 raise ModelRefused(f"{name!r} is no parameter name: letters, digits, '_' and '.'")
@@ -160,7 +162,9 @@ class Model:
             shapes={entry["name"]: tuple(entry["shape"]) for entry in parameters},
         )
         if model.document() != document:
-            raise ModelRefused("the document is not in canonical form: write it with Model.document")
+            raise ModelRefused(
+                "the document is not in canonical form: write it with Model.document"
+            )
         return model
 
     def relax(self, batch: int) -> Any:
@@ -185,7 +189,9 @@ class Model:
                 for i, node in enumerate(self.nodes):
                     operands = [env[name] for name in node.inputs]
                     target = (batch, *values[f"%{i}"])
-                    env[f"%{i}"] = OPERATORS[node.op].emit(builder, node.attributes, operands, target)
+                    env[f"%{i}"] = OPERATORS[node.op].emit(
+                        builder, node.attributes, operands, target
+                    )
                 output = builder.emit_output(env[f"%{len(self.nodes) - 1}"])
             builder.emit_func_output(output)
         return cast(tvm.IRModule, builder.get())
@@ -319,7 +325,9 @@ def _infer_group_norm(attributes: Mapping[str, Any], shapes: Sequence[Shape]) ->
 def _infer_layer_norm(attributes: Mapping[str, Any], shapes: Sequence[Shape]) -> Shape:
     x, axes = shapes[0], attributes["axes"]
     _need(axes <= len(x), f"{axes} axes are more than x {x} has")
-    _need(axes == 3 or len(x) < 3, "over an image it normalises channels, height and width together")
+    _need(
+        axes == 3 or len(x) < 3, "over an image it normalises channels, height and width together"
+    )
     _need(axes == len(x) or axes == 1, "it normalises the last axis or all axes")
     fits = [x[len(x) - axes :]] * 2
     _need(list(shapes[1:]) in ([], fits), f"scale and shift {shapes[1:]} do not fit x {x}")
@@ -347,7 +355,9 @@ def _infer_reshape(attributes: Mapping[str, Any], shapes: Sequence[Shape]) -> Sh
 
 def _infer_concat(attributes: Mapping[str, Any], shapes: Sequence[Shape]) -> Shape:
     axis = attributes["axis"]
-    _need(len(shapes) >= 2 and axis < len(shapes[0]), "it joins two or more along an axis they have")
+    _need(
+        len(shapes) >= 2 and axis < len(shapes[0]), "it joins two or more along an axis they have"
+    )
     rests = {shape[:axis] + shape[axis + 1 :] for shape in shapes}
     _need(len(rests) == 1, f"{list(shapes)} differ outside axis {axis}")
     joined = sum(shape[axis] for shape in shapes)
@@ -393,9 +403,7 @@ def _emit_affine(b: Any, y: Any, v: Sequence[Any], shape: Shape) -> Any:
 
     if not v:
         return y
-    scale, shift = (
-        u if tuple(u.ty.shape) == shape else b.emit(op.reshape(u, shape)) for u in v
-    )
+    scale, shift = (u if tuple(u.ty.shape) == shape else b.emit(op.reshape(u, shape)) for u in v)
     return b.emit(op.add(b.emit(op.multiply(y, scale)), shift))
 
 
@@ -437,9 +445,7 @@ def _emit_avg_pool2d(b: Any, a: Mapping[str, Any], v: Sequence[Any], _: Shape) -
 
     kernel, stride, padding = (list(a[key]) for key in ("kernel", "stride", "padding"))
     counted = a["count_padding"]
-    return b.emit(
-        op.nn.avg_pool2d(v[0], kernel, stride, padding, count_include_pad=counted)
-    )
+    return b.emit(op.nn.avg_pool2d(v[0], kernel, stride, padding, count_include_pad=counted))
 
 
 def _emit_global(b: Any, _: Mapping[str, Any], v: Sequence[Any], __: Shape) -> Any:
@@ -516,9 +522,7 @@ OPERATORS: dict[str, Operator] = {
     "global_avg_pool2d": Operator({}, _infer_global, _emit_global),
     "add": Operator({}, _infer_add, _emit_add),
     "reshape": Operator({"shape": _dimensions}, _infer_reshape, _emit_reshape),
-    "concat": Operator(
-        {"axis": lambda v: type(v) is int and v >= 0}, _infer_concat, _emit_concat
-    ),
+    "concat": Operator({"axis": lambda v: type(v) is int and v >= 0}, _infer_concat, _emit_concat),
 }
 
 

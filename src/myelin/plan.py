@@ -121,7 +121,9 @@ def compile_training(
     if batch < 1:
         raise ModelRefused(f"a physical batch has at least 1 example, not {batch}")
     if loss == "cross-entropy" and model.outputs < 2:
-        raise ModelRefused("cross-entropy needs 2 outputs or more: use binary-cross-entropy for one")
+        raise ModelRefused(
+            "cross-entropy needs 2 outputs or more: use binary-cross-entropy for one"
+        )
     recorder = _Recorder(dump)
     forward = model.relax(batch)
     recorder("import", forward)
@@ -163,9 +165,7 @@ def _plan(
 
     def inside(name: str) -> list[Value]:
         at = buffers[name][0]
-        return [
-            Value(Buffer(bytes=p.bytes, offset=at + p.offset), p.stored) for p in parameters
-        ]
+        return [Value(Buffer(bytes=p.bytes, offset=at + p.offset), p.stored) for p in parameters]
 
     library = Kernels(cpu=cpu)
     x = Value(fixed("x"), (batch, *model.input))
@@ -275,7 +275,9 @@ class Lowering:
             self.values[var] = self._argument(var, value)
         result = returned(self.function)
         outputs = list(result.fields) if isinstance(result, relax.Tuple) else [result]
-        aliases = {b.var: b.value for b in bindings(self.function) if isinstance(b.value, relax.Var)}
+        aliases = {
+            b.var: b.value for b in bindings(self.function) if isinstance(b.value, relax.Var)
+        }
         for output, place_ in zip(outputs, results, strict=True):
             while output in aliases:
                 output = aliases[output]  # noqa: PLW2901
@@ -496,7 +498,9 @@ class Lowering:
 
         return (operator(call), *(key for key, _ in parts)), build
 
-    def _part(self, operand: Any, inputs: list[Value]) -> tuple[Any, Callable[[Sequence[Any]], Any]]:
+    def _part(
+        self, operand: Any, inputs: list[Value]
+    ) -> tuple[Any, Callable[[Sequence[Any]], Any]]:
         if isinstance(operand, ir.Constant):
             number = float(operand.value.numpy())
             return number, lambda _: number
@@ -911,8 +915,10 @@ def _norms(low: Lowering, var: Any, call: Any) -> None:
     (n,) = _dims(var)
     bounds_ = [clipping.real(limit) for limit in limits]
     out = low.new(var, (n,))
-    build = lambda: template(  # noqa: E731
-        low.cpu, n, terms, grams, inflation=bounds_[:terms], kappa=bounds_[terms:]
+    build = (
+        lambda: template(
+            low.cpu, n, terms, grams, inflation=bounds_[:terms], kappa=bounds_[terms:]
+        )
     )
     low.emit("norms", (name, n, terms, grams, *limits), build, inputs, [out])
     low.values[var] = out
@@ -1082,9 +1088,7 @@ class Outside:
     def buffer(self, name: str) -> npt.NDArray[Any]:
         """A view of one of the program's buffers: int32 for class labels, else float32."""
         offset, size = self.program.buffers[name]
-        kind = (
-            np.int32 if name == "y" and self.program.loss == "cross-entropy" else np.float32
-        )
+        kind = np.int32 if name == "y" and self.program.loss == "cross-entropy" else np.float32
         return self._arena[offset : offset + size].view(kind)
 
     def gradient(

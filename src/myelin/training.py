@@ -115,9 +115,7 @@ def add_probes(module: Any, recipe: Recipe) -> Any:
     """y → y + probe for the output y of every operator with parameters; probes become arguments."""
     function = module["main"]
     outputs = {layer.output: layer for layer in layers(function, recipe)}
-    probes = {
-        output: relax.Var(f"probe_{i}", output.ty) for i, output in enumerate(outputs)
-    }
+    probes = {output: relax.Var(f"probe_{i}", output.ty) for i, output in enumerate(outputs)}
 
     def rule(builder: Any, var: Any, value: Any) -> Any:
         y = builder.emit(value, var.name)
