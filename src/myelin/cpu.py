@@ -1,7 +1,7 @@
 """The two CPU levels an image can be built for.
 
-A level is part of the measured image: kernels and runtime are compiled for it and never ask the CPU at run time, so
-the cell compares `Cpu.features` with the machine before it starts one.
+A level is part of the measured image: kernels and runtime are compiled for it and never ask the CPU
+at run time, so the cell compares `Cpu.features` with the machine before it starts one.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class CpuUnsupported(MyelinError):
 class Cpu:
     """A CPU level.
 
-    `level` names it, `features` are all instruction sets that kernels and runtime may use, named as in
-    /proc/cpuinfo, `lanes` is the number of float32 in a vector register.
+    `level` names it, `features` are all instruction sets that kernels and runtime may use, named as
+    in /proc/cpuinfo, `lanes` is the number of float32 in a vector register.
     """
 
     level: str
@@ -58,8 +58,8 @@ class Cpu:
                 return cpu
         missing = " ".join(LEVELS[-1].missing(present))
         raise CpuUnsupported(
-            f"this machine ({platform.machine()}) lacks CPU features of {LEVELS[-1].level}: {missing};"
-            " use an x86-64 machine of 2015 or later"
+            f"this machine ({platform.machine()}) lacks CPU features of {LEVELS[-1].level}:"
+            f" {missing}; use an x86-64 machine of 2015 or later"
         )
 
     def missing(self, present: frozenset[str]) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
 """Proves that a kernel stays inside its buffers.
 
-The C ABI passes bare pointers and checks nothing, so what `prove` accepts is what keeps the enclave's memory apart: every
-load and store, vectors included, has indices that depend on loop variables only and lie in the buffer's shape for all
-their values. Control flow must not depend on data either. Anything that is not understood is refused.
+The C ABI passes bare pointers and checks nothing, so what `prove` accepts is what keeps the
+enclave's memory apart: every load and store, vectors included, has indices that depend on loop
+variables only and lie in the buffer's shape for all their values. Control flow must not depend on
+data either. Anything that is not understood is refused.
 
 The proof is about TIR as the template wrote it; that TVM and LLVM compile it faithfully is trusted.
 """

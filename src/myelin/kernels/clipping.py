@@ -1,8 +1,9 @@
 """Clip factors and clipped sums.
 
-c_i = mask_i · min(1, C / n̂_i), where n̂_i is an upper bound of the true norm of example i's gradient: every squared norm
-is first raised by what rounding can have taken away. A norm that is not finite gives exactly 0, and an example
-with c_i = 0 adds exactly zero to every sum, whatever its gradient holds.
+c_i = mask_i · min(1, C / n̂_i), where n̂_i is an upper bound of the true norm of example i's
+gradient: every squared norm is first raised by what rounding can have taken away. A norm that is
+not finite gives exactly 0, and an example with c_i = 0 adds exactly zero to every sum, whatever its
+gradient holds.
 """
 
 from __future__ import annotations
@@ -41,12 +42,14 @@ def clip_factors(
     inflation: Sequence[float],
     kappa: Sequence[float] = (),
 ) -> Any:
-    """mask[n], hyper[16], s_1[n] … s_terms[n], then (s[n], t[n]) of each gram layer → c[n], with C = hyper[0].
+    """mask[n], hyper[16], s_1[n] … s_terms[n], then (s[n], t[n]) of each gram layer → c[n], with C
+    = hyper[0].
 
-    n̂² = Σ s_j · (1 + inflation_j) + Σ (s_g + kappa_g · t_g), raised by the rounding of this sum itself. `inflation` is
-    what the kernel that made s_j states (`linear.squared_norm_inflation`); `kappa` bounds the error of a gram
-    norm's square relative to t = |X|²·|D|². A kernel takes at most 14 arguments: add up further
-    layers with `norm_sum`, whose result is a term with inflation 0.
+    n̂² = Σ s_j · (1 + inflation_j) + Σ (s_g + kappa_g · t_g), raised by the rounding of this sum
+    itself. `inflation` is what the kernel that made s_j states (`linear.squared_norm_inflation`);
+    `kappa` bounds the error of a gram norm's square relative to t = |X|²·|D|². A kernel takes at
+    most 14 arguments: add up further layers with `norm_sum`, whose result is a term with inflation
+    0.
     """
     with Kernel(mask=(n,), hyper=(HYPER,), **_norm_buffers(n, terms, grams), c=(n,)) as kernel:
         mask, hyper, *norms, c = kernel.buffers
@@ -69,7 +72,9 @@ def norm_sum(
     inflation: Sequence[float],
     kappa: Sequence[float] = (),
 ) -> Any:
-    """s_1[n] … s_terms[n], then (s[n], t[n]) of each gram layer → u[n], an upper bound of the sum of squared norms."""
+    """s_1[n] … s_terms[n], then (s[n], t[n]) of each gram layer → u[n], an upper bound of the sum
+    of squared norms.
+    """
     with Kernel(**_norm_buffers(n, terms, grams), u=(n,)) as kernel:
         *norms, u = kernel.buffers
         for at, lanes in blocks(n, cpu.lanes):
@@ -108,7 +113,9 @@ def weighted_sum(cpu: Cpu, n: int, m: int) -> Any:
 
 
 def weighted_sum_additions(_n: int) -> int:
-    """Bounds the float32 roundings of `weighted_sum` over the examples: one, and one for float64's share."""
+    """Bounds the float32 roundings of `weighted_sum` over the examples: one, and one for float64's
+    share.
+    """
     return 2
 
 
@@ -128,7 +135,7 @@ def mask_rows(cpu: Cpu, n: int, m: int) -> Any:
 def _norm_buffers(n: int, terms: int, grams: int) -> dict[str, tuple[int, ...]]:
     names = [f"s_{j}" for j in range(terms)]
     names += [f"{kind}_gram_{j}" for j in range(grams) for kind in ("s", "t")]
-    return {name: (n,) for name in names}
+    return dict.fromkeys(names, (n,))
 
 
 def _upper_bound(

@@ -23,10 +23,11 @@ def map(  # noqa: A001
 ) -> Any:
     """x_0[shapes[0]], x_1[shapes[1]], … → y[out_shape] = fn(x_0, x_1, …), element by element.
 
-    Shapes broadcast to `out_shape` as in numpy. `fn` takes and gives scalars or vectors of float32 (operators, `T.max`,
-    `tir.select`, `functions`); it is called once for each vector width. `operations` says roughly how many instructions
-    it takes, so that small kernels stay on one thread. Axes that run together are merged, so
-    the parameters of the kernel may have fewer axes than `shapes`: the bytes are the same.
+    Shapes broadcast to `out_shape` as in numpy. `fn` takes and gives scalars or vectors of float32
+    (operators, `T.max`, `tir.select`, `functions`); it is called once for each vector width.
+    `operations` says roughly how many instructions it takes, so that small kernels stay on one
+    thread. Axes that run together are merged, so the parameters of the kernel may have fewer axes
+    than `shapes`: the bytes are the same.
     """
     out, inputs = collapse(out_shape, shapes)
     names = {f"x_{i}": shape for i, shape in enumerate(inputs)}
@@ -44,7 +45,9 @@ def map(  # noqa: A001
 
 
 def collapse(out_shape: Shape, shapes: Sequence[Shape]) -> tuple[Shape, list[Shape]]:
-    """Merges neighbouring axes that every input either has whole or repeats; the ranks become equal."""
+    """Merges neighbouring axes that every input either has whole or repeats; the ranks become
+    equal.
+    """
     rank = max(len(out_shape), 1)
     padded = [(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes]
     out = (1,) * (rank - len(out_shape)) + tuple(out_shape)

@@ -1,9 +1,11 @@
-"""Transcendental functions as polynomials, on scalars or vectors of float32, used while a `tir.Kernel` is open.
+"""Transcendental functions as polynomials, on scalars or vectors of float32, used while a
+`tir.Kernel` is open.
 
 Library functions would be slow (one call a lane), depend on the machine and take time that tells
 their argument. Here the relative error is at most 4·2⁻²³ over all float32 (tested; exp and log
-within 1 unit in the last place), NaN gives NaN, and infinities give the limits. Subnormal numbers count as zero
-where flushing is on, as it is in the enclave. Coefficients of exp and log are those of Cephes.
+within 1 unit in the last place), NaN gives NaN, and infinities give the limits. Subnormal numbers
+count as zero where flushing is on, as it is in the enclave. Coefficients of exp and log are those
+of Cephes.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from myelin.kernels.tir import number, select, splat
 
 _SMALLEST_NORMAL = 2.0**-126
 
-# P and Q of f(x) ≈ x · P(x²) / Q(x²), highest power first: least squares on the relative error, reweighted
-# towards minimax, with f'(0) fixed, so that small x are as good as exact. Both errors are below 2⁻²⁵.
+# P and Q of f(x) ≈ x · P(x²) / Q(x²), highest power first: least squares on the relative error,
+# reweighted towards minimax, with f'(0) fixed, so that small x are as good as exact. Both errors
+# are below 2⁻²⁵.
 _Rational = tuple[Sequence[float], Sequence[float]]
 _TANH: _Rational = (
     (

@@ -14,7 +14,8 @@ from myelin.kernels.tir import Kernel, blocks, load, pieces, serial, splat, stor
 def permute(cpu: Cpu, shape: Sequence[int], axes: Sequence[int]) -> Any:
     """x[shape] → y, where axis i of y is axis axes[i] of x (as numpy's transpose).
 
-    Axes that stay together are merged, so the kernel's parameters may have fewer axes: the bytes are the same.
+    Axes that stay together are merged, so the kernel's parameters may have fewer axes: the bytes
+    are the same.
     """
     extents, order = merge(shape, axes)
     out = tuple(extents[axis] for axis in order)
@@ -85,7 +86,9 @@ def fill(cpu: Cpu, size: int, value: float) -> Any:
 
 
 def merge(shape: Sequence[int], axes: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Merges axes that stay neighbours in a permutation and drops those of size 1; gives (shape, axes)."""
+    """Merges axes that stay neighbours in a permutation and drops those of size 1; gives (shape,
+    axes).
+    """
     if sorted(axes) != list(range(len(shape))):
         raise ValueError(f"axes {tuple(axes)} are no permutation of {len(shape)} axes")
     groups: list[list[int]] = []

@@ -1,8 +1,9 @@
 """Linear layers: products of matrices, and norms of their gradients.
 
-All products are one tiled loop (`_product`). Its right factor is packed first, so that the inner loop reads it in order.
-A tile at the edge starts earlier instead of being cut: there is one tile shape a kernel, and what two tiles both write
-is the same bits. Sizes: m examples, k inputs, n outputs.
+All products are one tiled loop (`_product`). Its right factor is packed first, so that the inner
+loop reads it in order. A tile at the edge starts earlier instead of being cut: there is one tile
+shape a kernel, and what two tiles both write is the same bits. Sizes: m examples, k inputs, n
+outputs.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
 
 
 def weighted_gradient_additions(m: int) -> int:
-    """Bounds the float32 roundings between c_i · x_i · d_i and the sum of m examples, products included."""
+    """Bounds the float32 roundings from c_i · x_i · d_i to the sum of m examples."""
     return min(m, _EXAMPLES) + -(-m // _EXAMPLES) + 1
 
 
@@ -122,10 +123,11 @@ def weighted_bias(cpu: Cpu, m: int, n: int) -> Any:
 
 
 def squared_norm(cpu: Cpu, m: int, k: int, n: int, *, bias: bool) -> Any:
-    """x[m, k], d[m, n] → s[m] = |x_i|²·|d_i|² (+ |d_i|² for the bias): the squared norm of each example's gradient.
+    """x[m, k], d[m, n] → s[m] = |x_i|²·|d_i|² (+ |d_i|² for the bias): the squared norm of each
+    example's gradient.
 
-    True squared norm ≤ s·(1 + `squared_norm_inflation(k, n)`) + 2⁻¹²⁵. What flushing subnormal squares to zero
-    can take away is added to each factor, or a huge x would hide behind a tiny d.
+    True squared norm ≤ s·(1 + `squared_norm_inflation(k, n)`) + 2⁻¹²⁵. What flushing subnormal
+    squares to zero can take away is added to each factor, or a huge x would hide behind a tiny d.
     """
     with Kernel(x=(m, k), d=(m, n), s=(m,)) as kernel:
         x, d, s = kernel.buffers
@@ -137,7 +139,7 @@ def squared_norm(cpu: Cpu, m: int, k: int, n: int, *, bias: bool) -> Any:
 
 
 def squared_norm_inflation(k: int, n: int) -> float:
-    """The relative rounding bound of `squared_norm`: k + n terms, and four operations around them."""
+    """The relative rounding bound of `squared_norm`: k + n terms and four operations more."""
     return gamma(k + n + 4)
 
 
@@ -158,7 +160,7 @@ def _sum_of_squares(cpu: Cpu, rows: Any, row: Any, extent: int) -> Any:
 
 
 def _if_counted(weight: Any, value: Any, lanes: int) -> Any:
-    """`value` where the weight of the example is not zero, else exactly zero (NaN and infinity included)."""
+    """Keeps `value` where the weight is not zero, else gives zero, even for NaN and infinity."""
     # The comparison is a vector, so that it becomes a mask and not a branch on data.
     return select(splat(weight, lanes) != splat(0.0, lanes), value, splat(0.0, lanes))
 
@@ -175,9 +177,10 @@ def _product(
 ) -> None:
     """out[row, column] = start[column] + Σ_depth left[row, depth] · right[depth, column].
 
-    `extents` are (rows, columns, depth). `left` is asked for row `r` of tile `tile`, which starts at
-    `row`, at a depth. `right` gives a vector, or a list of scalars where its columns are not neighbours. With `chain`, no
-    accumulator adds more than that many products before it goes into a total.
+    `extents` are (rows, columns, depth). `left` is asked for row `r` of tile `tile`, which starts
+    at `row`, at a depth. `right` gives a vector, or a list of scalars where its columns are not
+    neighbours. With `chain`, no accumulator adds more than that many products before it goes into a
+    total.
     """
     rows, columns, depth = extents
     tile_rows, width = _tile(cpu, rows, columns)
@@ -230,7 +233,7 @@ def _product(
 
 
 def _tile(cpu: Cpu, rows: int, columns: int) -> tuple[int, int]:
-    """Chooses rows and columns of the tile that stays in registers, so that little of it overlaps at the edge."""
+    """Chooses the tile that stays in registers, (rows, columns), so that little of it overlaps."""
     tallest, widest = {16: (8, 3), 8: (6, 2)}[cpu.lanes]
 
     def cost(width: int) -> float:

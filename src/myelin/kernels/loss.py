@@ -15,8 +15,8 @@ from myelin.kernels.tir import Kernel, blocks, load, number, select, splat, stor
 def cross_entropy_adjoint(cpu: Cpu, n: int, classes: int) -> Any:
     """logits[n, classes], y int32[n] → d[n, classes] = softmax(logits) − onehot(y).
 
-    The label is compared, never used as an index. One outside of 0 … classes − 1 gives a row of NaN, which clipping
-    drops.
+    The label is compared, never used as an index. One outside of 0 … classes − 1 gives a row of
+    NaN, which clipping drops.
     """
     with Kernel(logits=(n, classes), y=((n,), "int32"), d=(n, classes)) as kernel:
         logits, y, d = kernel.buffers
@@ -39,7 +39,9 @@ def binary_cross_entropy_adjoint(cpu: Cpu, n: int, outputs: int) -> Any:
 
 
 def mean_squared_error_adjoint(cpu: Cpu, n: int, outputs: int) -> Any:
-    """logits[n, outputs], y[n, outputs] → d[n, outputs] = 2 / outputs · (logits − y): the mean is over the outputs."""
+    """logits[n, outputs], y[n, outputs] → d[n, outputs] = 2 / outputs · (logits − y): the mean is
+    over the outputs.
+    """
     return _each(cpu, n, outputs, lambda logits, y: (logits - y) * number(2.0 / outputs), work=1)
 
 

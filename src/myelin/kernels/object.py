@@ -1,8 +1,8 @@
 """Compiles kernels to one relocatable object with a plain C ABI, or for TVM's own runtime.
 
-In the object every kernel is `int32_t name(void *a0, ...)`, one pointer a buffer, result 0 unless it failed. Shapes are
-not checked there: `argument_bytes` is what the caller has to check against, and `bounds.prove` shows that a kernel
-stays inside them.
+In the object every kernel is `int32_t name(void *a0, ...)`, one pointer a buffer, result 0 unless
+it failed. Shapes are not checked there: `argument_bytes` is what the caller has to check against,
+and `bounds.prove` shows that a kernel stays inside them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from myelin.cpu import Cpu
 from myelin.errors import MyelinError
 from myelin.kernels.tir import walk
 
-# What the enclave runtime supplies: two memory functions and TVM's backend calls, which the object reaches through
-# weak cells of one pointer each.
+# What the enclave runtime supplies: two memory functions and TVM's backend calls, which the object
+# reaches through weak cells of one pointer each.
 ALLOWED = frozenset(
     {
         "memcpy",
@@ -36,18 +36,20 @@ MAX_ARGUMENTS = 14
 
 
 class KernelRefused(MyelinError):
-    """A kernel cannot go into an image: too many arguments, or a symbol that the runtime does not supply."""
+    """A kernel that cannot go into an image: too many arguments, or a symbol of someone else's."""
 
 
 def build(kernels: Mapping[str, Any], cpu: Cpu) -> bytes:
     """Compiles `kernels` (name to PrimFunc) to a relocatable ELF64 object for `cpu`.
 
-    Raises `KernelRefused` when a kernel has more than 14 arguments or leaves a symbol undefined that is not `ALLOWED`.
+    Raises `KernelRefused` when a kernel has more than 14 arguments or leaves a symbol undefined
+    that is not `ALLOWED`.
     """
     for name, kernel in kernels.items():
         if len(kernel.params) > MAX_ARGUMENTS:
             raise KernelRefused(
-                f"kernel {name} has {len(kernel.params)} arguments, the runtime passes at most {MAX_ARGUMENTS}"
+                f"kernel {name} has {len(kernel.params)} arguments, the runtime passes at most"
+                f" {MAX_ARGUMENTS}: split it"
             )
     module = tvm.get_global_func("target.build.llvm")(_lower(kernels, cpu, _c_abi), cpu.target)
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +65,7 @@ def build(kernels: Mapping[str, Any], cpu: Cpu) -> bytes:
 
 
 def library(kernels: Mapping[str, Any], cpu: Cpu) -> Any:
-    """Compiles the same kernels for TVM's runtime: `library(...)[name](tensor, ...)` runs one outside an enclave."""
+    """Compiles the same kernels for TVM's runtime: `library(...)[name](tensor, ...)` runs one."""
     return tvm.get_global_func("target.build.llvm")(_lower(kernels, cpu, _packed), cpu.target)
 
 
@@ -73,7 +75,10 @@ def argument_bytes(kernel: Any) -> list[int]:
 
 
 def workspace_bytes(kernels: Mapping[str, Any], cpu: Cpu) -> int:
-    """Bounds the workspace in bytes that one thread slot needs for any of `kernels` (64-byte blocks, stacked)."""
+    """Bounds the workspace in bytes that one thread slot needs for any of `kernels`.
+
+    TVM's calls take and give back blocks like a stack; a block is rounded up to 64 bytes.
+    """
     needed = [0]
     for function in _lower(kernels, cpu, _c_abi).functions.values():
         total = 0
@@ -85,7 +90,7 @@ def workspace_bytes(kernels: Mapping[str, Any], cpu: Cpu) -> int:
 
 
 def undefined(code: bytes) -> set[str]:
-    """Lists the symbols that a little-endian ELF64 object needs from elsewhere, weak ones included."""
+    """Lists the symbols that a little-endian ELF64 object needs from elsewhere."""
     section_headers = struct.unpack_from("<Q", code, 0x28)[0]
     header_size, count = struct.unpack_from("<HH", code, 0x3A)
     sections = [
@@ -106,11 +111,12 @@ def undefined(code: bytes) -> set[str]:
 
 
 def _lower(kernels: Mapping[str, Any], cpu: Cpu, abi: Any) -> Any:
-    """Lowers PrimFuncs to what the code generator takes; `abi` is the pass that fixes how they are called."""
+    """Lowers PrimFuncs for the code generator; `abi` gives the pass that fixes how to call them."""
     target = cpu.target
     module = tvm.IRModule({n: f.with_attr("global_symbol", n) for n, f in kernels.items()})
-    # TVM's own list for a CPU without the passes that would change what we wrote: RewriteUnsafeSelect turns selects into
-    # branches on data, LoopPartition and HoistIfThenElse copy code.
+    # TVM's own list for a CPU without the passes that would change what we wrote:
+    # RewriteUnsafeSelect turns selects into branches on data, LoopPartition and HoistIfThenElse
+    # copy code.
     passes = [
         tirx.transform.BindTarget(target.with_host(target)),
         s_tir.transform.CanonicalizeLoop(),
@@ -160,7 +166,8 @@ def _pointers(function: Any) -> Any:
         tirx.Var(f"{p.name}_pointer", tvm.ir.PointerType(p.ty.dtype)) for p in function.params
     ]
     body = function.body
-    # LowerTVMBuiltin wants the device. `return` stays outside of this scope, or workspaces would never be freed.
+    # LowerTVMBuiltin wants the device. `return` stays outside of this scope, or workspaces would
+    # never be freed.
     for key, value in (("device_id", 0), ("device_type", 1)):
         body = tirx.AttrStmt(tvm.ir.StringImm("default"), key, tirx.const(value, "int32"), body)
     declared = [tirx.DeclBuffer(b, data=p) for b, p in zip(function.params, pointers, strict=True)]

@@ -32,8 +32,8 @@ def reduction(
 
     With inner = 1 this reduces rows, and the kernel's parameters are x[outer, extent] and y[outer].
 
-    Sums run in several chains that are added at the end. The maximum of a row that holds NaN is undefined but never an
-    error; the adjoints that follow from such a row are NaN all the same.
+    Sums run in several chains that are added at the end. The maximum of a row that holds NaN is
+    undefined but never an error; the adjoints that follow from such a row are NaN all the same.
     """
     initial = _LOWEST if kind == "max" else 0.0
     scale = 1.0 / extent if kind == "mean" else 1.0

@@ -1,6 +1,6 @@
 """The words in which kernels are written: ordinary Python that emits TIR loops, loads and stores.
 
-Vectors have exactly the width that is asked for, 1 included, so that a tail is written like the rest:
+Vectors have exactly the width asked for, 1 included, so that a tail is written like the rest:
 
     with Kernel(x=(n,), y=(n,)) as kernel:
         x, y = kernel.buffers
@@ -103,7 +103,7 @@ def splat(value: Any, lanes: int) -> Any:
 
 
 def number(value: float) -> Any:
-    """Makes a float32 constant; the value is rounded to float32 here, not by the printer or the compiler."""
+    """Makes a float32 constant, rounded here and not by a printer or the compiler."""
     return T.float32(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
@@ -118,7 +118,7 @@ def serial(extent: Any) -> Any:
 
 
 def tasks(extent: int, work: int) -> Any:
-    """Loops over independent iterations: on all threads when `work` vector operations are worth it."""
+    """Loops over independent iterations, on all threads if `work` vector operations merit it."""
     return T.parallel(extent) if extent > 1 and work >= PARALLEL_WORK else T.serial(extent)
 
 
@@ -130,9 +130,10 @@ def pieces(extent: int, lanes: int) -> list[tuple[int, int]]:
 def blocks(
     extent: int, block: int, loop: Callable[[int], Any] = serial
 ) -> Iterator[tuple[Any, int]]:
-    """Loops over `extent` in blocks: the body is emitted once for full blocks and once for the rest, if there is one.
+    """Loops over `extent` in blocks; the body is emitted for full blocks and again for the rest.
 
     Gives (offset, size). Use as `for at, size in blocks(...)` without break.
+
     """
     full, rest = divmod(extent, block)
     if full == 1:
@@ -161,10 +162,10 @@ def total(buffer: Any, extent: int, add: Callable[[Any, Any], Any] = operator.ad
 
 
 def gamma(additions: int) -> float:
-    """γ_n = n·u / (1 − n·u), u = 2⁻²⁴: bounds the relative error of n rounded float32 operations in a row.
+    """γ_n = n·u / (1 − n·u), u = 2⁻²⁴: bounds the relative error of n float32 roundings in a row.
 
-    (Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, lemma 3.1.) It holds for a sum of non-negative
-    terms in any order, fused multiply-adds included.
+    (Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, lemma 3.1.) It holds for a
+    sum of non-negative terms in any order, fused multiply-adds included.
     """
     error = additions * 2.0**-24
     return error / (1 - error)

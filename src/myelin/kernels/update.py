@@ -1,6 +1,7 @@
 """Optimiser steps on the flat weights, in place, with PyTorch's semantics.
 
-`hyper[1]` is the number of the step (1, 2, …). Rates and decay are constants of the kernel, so they are measured.
+`hyper[1]` is the number of the step (1, 2, …). Rates and decay are constants of the kernel, so they
+are measured.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ def sgd(
     weight_decay: float = 0.0,
     nesterov: bool = False,
 ) -> Any:
-    """weights[d], state[d] (16 unused floats without momentum), gradient[d], hyper[16] → weights and state.
+    """weights[d], state[d] (16 unused floats without momentum), gradient[d], hyper[16] → weights
+    and state.
 
-    g = gradient + weight_decay · w; buf = momentum · buf + g; w −= lr · (buf, or g + momentum · buf by Nesterov).
+    g = gradient + weight_decay · w; buf = momentum · buf + g; w −= lr · (buf, or g + momentum · buf
+    by Nesterov).
     """
     with Kernel(
         weights=(d,), state=(d if momentum else HYPER,), gradient=(d,), hyper=(HYPER,)
@@ -60,9 +63,11 @@ def adam(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> Any:
-    """weights[d], state[2·d] (first moments, then second), gradient[d], hyper[16] → weights and state.
+    """weights[d], state[2·d] (first moments, then second), gradient[d], hyper[16] → weights and
+    state.
 
     g = gradient + weight_decay · w (as `torch.optim.Adam`, not decoupled).
+
     """
     with Kernel(weights=(d,), state=(2 * d,), gradient=(d,), hyper=(HYPER,)) as kernel:
         weights, state, gradient, hyper = kernel.buffers
