@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+import tvm
 from torch.nn import functional
 
 from myelin.cpu import LEVELS, machine_features
 from myelin.kernels import conv as kernels
+from myelin.kernels.bounds import prove
 from myelin.kernels.conv import Conv
 from myelin.kernels.object import library
 
@@ -40,9 +40,8 @@ def normal(*shape):
 
 
 def run(function, cpu, *arguments):
-    """Runs a kernel; returns the arguments it has beyond `arguments`, all NaN before."""
-    import tvm
-
+    """Proves and runs a kernel; returns the arguments it has beyond these, all NaN before."""
+    prove(function)
     shapes = [tuple(int(e) for e in p.ty.shape) for p in function.params]
     for given_, shape in zip(arguments, shapes, strict=False):
         assert given_.shape == shape

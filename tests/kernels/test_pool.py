@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from myelin.cpu import LEVELS, machine_features
 from myelin.kernels import pool as kernels
+from myelin.kernels.bounds import prove
 from myelin.kernels.object import library
 from myelin.kernels.pool import Pool
 
@@ -35,6 +36,7 @@ POOLS = {
 
 def run(function, cpu, *arguments):
     """Runs a kernel on `arguments` and an output that is NaN before."""
+    prove(function)
     shape = tuple(int(extent) for extent in function.params[-1].ty.shape)
     tensors = [tvm.runtime.tensor(a) for a in [*arguments, np.full(shape, np.nan, "f")]]
     library({"kernel": function}, cpu)["kernel"](*tensors)

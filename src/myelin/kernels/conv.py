@@ -420,7 +420,7 @@ def _bordered(
 
 
 def _blocks(cpu: Cpu, height: int, width: int, count: int) -> Iterator[list[tuple[Any, Any]]]:
-    """Covers height × width pixels by rectangles that fit the registers, `count` vectors a pixel."""
+    """Covers height × width pixels by rectangles that fit registers, `count` vectors a pixel."""
 
     def cost(shape: tuple[int, int]) -> tuple[int, int]:
         parts = list(product(segments(height, shape[0]), segments(width, shape[1])))
@@ -494,7 +494,7 @@ class _Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class _Phase:
-    """`size` positions remainder + stride · (first, first + 1, …) of an axis of the padded input."""
+    """Positions remainder + stride · (first, first + 1, …) of one axis of the padded input."""
 
     axis: _Axis
     remainder: int
@@ -535,7 +535,7 @@ def _tap_segments(cpu: Cpu, conv: Conv, count: int) -> tuple[list[Segment], list
 def _tap_tiles(
     kws: Sequence[Segment], cis: Sequence[Segment]
 ) -> Iterator[tuple[Any, Any, list[tuple[int, int]]]]:
-    """(kernel column, input channel, (column, channel) of each row from there) of register tiles."""
+    """(kernel column, input channel, (column, channel) of each row from there) of tiles."""
     for columns, rows in product(kws, cis):
         for a, b in grid(columns.count, rows.count):
             yield columns.at(a), rows.at(b), list(product(range(columns.size), range(rows.size)))
