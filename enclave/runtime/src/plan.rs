@@ -134,7 +134,7 @@ impl Plan {
         let first = end.calls;
         Reader::document(calls, |reader| {
             for _ in 0..reader.list(CALLS)? {
-                let count = reader.list(ARGUMENTS)?.checked_sub(1).ok_or(Refusal::FieldWrong)?;
+                let count = reader.list(ARGUMENTS + 1)?.checked_sub(1).ok_or(Refusal::FieldWrong)?;
                 let kernel = size(reader)?;
                 let mut sizes = kernels.sizes(kernel)?;
                 if sizes.list(ARGUMENTS)? != count {
@@ -252,7 +252,7 @@ impl<'b> Kernels<'b> {
 
 /// Reads the description's map; the programs stay unresolved.
 fn read<'b>(reader: &mut Reader<'b>) -> Result<(Plan, Raw<'b>), Refusal> {
-    reader.map(22)?;
+    reader.map(23)?;
     reader.key("cpu")?.skip()?;
     size(reader.key("heap")?)?;
     let loss = loss(reader.key("loss")?)?;

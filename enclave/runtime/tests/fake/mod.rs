@@ -83,7 +83,7 @@ impl Shape {
             ("update", vec![bweights, bstate, bgradient, bhyper]),
         ];
         encode(|w| {
-            w.map(22)?.str("cpu")?.map(2)?.str("level")?.str("x86-64-v3")?;
+            w.map(23)?.str("cpu")?.map(2)?.str("level")?.str("x86-64-v3")?;
             w.str("features")?.array(0)?;
             w.str("heap")?.u64(self.heap() as u64)?.str("loss")?.str("binary-cross-entropy")?;
             w.str("task")?.str("train")?.str("type")?.str("myelin/image/1")?;
