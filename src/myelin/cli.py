@@ -432,7 +432,7 @@ def fetch(
         party,
         where.envelope("weights", index).read_bytes(),
         where.output("weights", index),
-        job=job.digest,
+        job=job,
         slot="weights",
         digest=verified.output("weights", party.name).digest,
     )

@@ -141,7 +141,7 @@ def run(folder: Path, tell: Teller, *, backend: Backend = "process") -> dict[str
         cast.university,
         output.envelope,
         sealed,
-        job=job.digest,
+        job=job,
         slot="weights",
         digest=verified.output("weights", cast.university.name).digest,
     )

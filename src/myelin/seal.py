@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hmac import compare_digest
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,9 @@ from myelin import document
 from myelin.document import Kind
 from myelin.errors import DataRefused, PartyFileInvalid, SealedFileInvalid
 from myelin.party import HPKE_ENC, Party, read_secret, write_secret
+
+if TYPE_CHECKING:
+    from myelin.job import Job
 
 MAGIC = b"myelin/sealed/1\n"
 HEADER = 96
@@ -197,18 +200,20 @@ def open_sealed(source: Place, key: bytes) -> Iterator[bytes]:
 
 
 def open_output(
-    party: Party, envelope: bytes, source: Place, *, job: bytes, slot: str, digest: bytes
+    party: Party, envelope: bytes, source: Place, *, job: Job, slot: str, digest: bytes
 ) -> bytes:
     """Open what an enclave sealed to `party`: the plaintext of slot `slot` of a job.
 
-    envelope: the output envelope; source: the sealed file; job: the job's digest; digest:
-    SHA-256 of the plaintext, as the verified receipt states it.
-    Raises `DocumentInvalid` and `SealedFileInvalid`.
+    envelope: the output envelope; source: the sealed file; digest: SHA-256 of the plaintext, as
+    the verified receipt states it. Raises `DocumentInvalid` and `SealedFileInvalid`.
     """
     fields = document.decode(envelope, OUTPUT)
-    if fields["job"] != job or fields["slot"] != slot:
+    if fields["job"] != job.digest or fields["slot"] != slot:
         raise SealedFileInvalid("field-wrong", "the output is of another job or slot")
-    inner = party.open(fields["enc"], fields["ct"], b"myelin/output/1\0" + job)
+    receiver = job.parties[fields["party"]] if fields["party"] < len(job.parties) else None
+    if receiver != party.public:
+        raise SealedFileInvalid("field-wrong", f"the output is not for {party.name!r}")
+    inner = party.open(fields["enc"], fields["ct"], b"myelin/output/1\0" + job.digest)
     key = document.decode(inner, document.record({"key": document.octets(32)}))["key"]
     plaintext = b"".join(open_sealed(source, key))
     if document.digest(plaintext) != digest:
