@@ -1,0 +1,266 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from myelin import nn
+from myelin.cpu import Cpu
+from myelin.errors import ModelRefused, UnsupportedLayer
+from myelin.model import Model, load
+from myelin.optimizer import SGD
+from myelin.plan import Outside, compile_training
+
+torch = pytest.importorskip("torch")
+
+
+class Everything(torch.nn.Module):
+    """One of each operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3, stride=(1, 2), padding=(1, 0))
+        self.norm = torch.nn.GroupNorm(2, 8)
+        self.largest = torch.nn.MaxPool2d(2, 1, padding=1)
+        self.average = torch.nn.AvgPool2d(2, padding=1, count_include_pad=False)
+        self.overall = torch.nn.AdaptiveAvgPool2d(1)
+        self.linear = torch.nn.Linear(16, 5)
+        self.layer_norm = torch.nn.LayerNorm(5)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        x = torch.nn.functional.silu(x + torch.relu(x))
+        x = self.average(torch.nn.functional.gelu(self.largest(x)))
+        x = torch.flatten(self.overall(x), 1)
+        x = self.layer_norm(self.linear(torch.cat([x, torch.tanh(x)], 1)))
+        x = torch.nn.functional.gelu(torch.sigmoid(x), approximate="tanh")
+        return torch.softmax(x, -1).view(-1, 5)
+
+
+def everything():
+    torch.manual_seed(0)
+    return Everything()
+
+
+def images(batch=3):
+    return np.random.default_rng(0).standard_normal((batch, 3, 8, 9)).astype(np.float32)
+
+
+def predictions(model, x):
+    cpu = Cpu.native()
+    program = compile_training(
+        model, loss="cross-entropy", optimizer=SGD(lr=1.0), batch=len(x), cpu=cpu
+    )
+    return Outside(program, cpu).predict(x, model.parameters)
+
+
+def test_a_torch_module_predicts_what_pytorch_does():
+    net, x = everything(), images()
+    model = load(net, x)
+    assert {n: tuple(p.shape) for n, p in net.named_parameters()} == dict(model.shapes)
+    with torch.no_grad():
+        expected = net(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(predictions(model, x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("opset", [12, 20])
+@pytest.mark.filterwarnings("ignore")  # PyTorch's exporter without onnxscript is the old one
+def test_an_onnx_file_predicts_what_onnx_runtime_does(tmp_path, opset):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    net = everything()
+    if opset == 12:  # norms and GELU as patterns of primitive operators
+        net = torch.nn.Sequential(
+            net.conv, net.norm, torch.nn.SiLU(), net.largest, torch.nn.GELU(), net.average,
+            net.overall, torch.nn.Flatten(), torch.nn.Linear(8, 4),
+        )  # fmt: skip
+    path, x = tmp_path / "net.onnx", images()
+    torch.onnx.export(
+        net.eval(),
+        (torch.from_numpy(x[:2]),),
+        str(path),
+        opset_version=opset,
+        dynamo=False,
+        input_names=["image"],
+        dynamic_axes={"image": {0: "n"}},
+    )
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    expected = session.run(None, {"image": x})[0]
+    np.testing.assert_allclose(predictions(load(path), x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_relax_module_is_read_back_as_it_was_emitted():
+    from tvm.runtime import tensor
+
+    model = load(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2, bias=False)), (6,))
+    module = model.relax(2)
+    stored = [
+        tensor(np.ascontiguousarray(v.transpose(model.layout(n))))
+        for n, v in model.parameters.items()
+    ]
+    function = module["main"].with_attr("params", stored).with_attr("num_input", 1)
+    module.update_func(module.get_global_var("main"), function)
+    read = load(module)
+    assert read.nodes[0].op == "linear"
+    x = np.ones((2, 6), np.float32)
+    np.testing.assert_array_equal(predictions(read, x), predictions(model, x))
+
+
+class Shared(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Linear(4, 4)
+        self.b = torch.nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+class Twice(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.a(torch.tanh(self.a(x)))
+
+
+class Mixing(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.cat([self.a(x), x], 0)
+
+
+def frozen():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    net[0].weight.requires_grad_(False)
+    return net
+
+
+T = torch.nn
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "layer", "why"),
+    [
+        (
+            T.Sequential(T.Conv2d(3, 4, 3), T.BatchNorm2d(4), T.Flatten()),
+            (3, 5, 5),
+            "1 (BatchNorm2d)",
+            "mixes the examples",
+        ),
+        (T.Sequential(T.Linear(4, 4), T.Dropout()), (4,), "1 (Dropout)", "random numbers"),
+        (T.Sequential(T.Linear(4, 4), T.ELU()), (4,), "1 (ELU)", "operator elu is not"),
+        (
+            T.Sequential(T.Conv2d(4, 4, 3, groups=2), T.Flatten()),
+            (4, 5, 5),
+            "0",
+            "groups 2",
+        ),
+        (Shared(), (4,), "b", "shared with a.weight"),
+        (Twice(), (4,), "a", "used more than once"),
+        (Mixing(), (4,), "concat", "mixes examples"),
+        (frozen(), (4,), "0", "is frozen"),
+        (T.Sequential(T.Linear(4, 4)).double(), (4,), "0", "torch.float64"),
+        (T.Sequential(T.MaxPool2d(2, ceil_mode=True), T.Flatten()), (3, 5, 5), "max_pool2d", "ceil"),
+    ],
+)
+def test_layers_without_private_gradients_are_refused_by_name(net, shape, layer, why):
+    with pytest.raises(UnsupportedLayer) as refused:
+        load(net, np.zeros((2, *shape), np.float32))
+    assert refused.value.layer == layer
+    assert why in refused.value.why
+    assert refused.value.advice
+    assert layer in str(refused.value)
+
+
+def test_the_advice_for_batch_norm_is_group_norm():
+    net = T.Sequential(T.Conv2d(3, 4, 3), T.BatchNorm2d(4), T.Flatten())
+    with pytest.raises(UnsupportedLayer, match="use GroupNorm or LayerNorm instead"):
+        load(net, np.zeros((2, 3, 5, 5), np.float32))
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(ModelRefused, match="dict is no model"):
+        load({})
+
+
+def small():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GELU(), nn.GroupNorm(1, 2), nn.Flatten())
+    return load(net, (1, 4, 4))
+
+
+def test_a_document_says_the_same_graph_without_weights():
+    model = small()
+    document = model.document()
+    read = Model.from_document(document)
+    assert read.document() == document
+    assert read.nodes == model.nodes
+    assert dict(read.shapes) == dict(model.shapes)
+    assert not read.parameters
+    import tvm
+
+    tvm.ir.assert_structural_equal(read.relax(3), model.relax(3), map_free_vars=True)
+
+
+def edited(change):
+    top = json.loads(small().document())
+    change(top)
+    return json.dumps(top, sort_keys=True, separators=(",", ":")).encode()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda d: d.update(type="myelin/model/2"), "of type 'myelin/model/2'"),
+        (lambda d: d.update(extra=1), "must be an object with the keys"),
+        (lambda d: d.pop("input"), "must be an object with the keys"),
+        (lambda d: d.update(input=[1, 4, -4]), "positive numbers"),
+        (lambda d: d.update(input=[1, 4, 4.0]), "positive numbers"),
+        (lambda d: d.update(input=[1, True, 4]), "positive numbers"),
+        (lambda d: d.update(input=[1, 4, 1 << 40]), "more than"),
+        (lambda d: d.update(nodes=[]), "1 to 4096 operators"),
+        (lambda d: d["nodes"][0].update(op="eval"), "not an operator of Myelin"),
+        (lambda d: d["nodes"][0].update(inputs=["%in", "%9"]), "which nothing before it makes"),
+        (lambda d: d["nodes"][0].update(inputs=["%in", ["x"]]), "are names"),
+        (lambda d: d["nodes"][0]["attributes"].update(stride=[0, 1]), r"stride is \(0, 1\)"),
+        (lambda d: d["nodes"][0]["attributes"].update(stride=[1, 1, 1]), "stride is"),
+        (lambda d: d["nodes"][0]["attributes"].pop("stride"), "has the attributes"),
+        (lambda d: d["nodes"][1]["attributes"].update(approximate="yes"), "approximate is 'yes'"),
+        (lambda d: d["nodes"][2]["attributes"].update(epsilon=1), "epsilon is 1"),
+        (lambda d: d["parameters"].append({"name": "z", "shape": [1]}), "z is used by no operator"),
+        (lambda d: d["parameters"][0].update(name="../x"), "is no parameter name"),
+        (lambda d: d["parameters"].append(d["parameters"][0]), "canonical form"),
+    ],
+)
+def test_documents_are_read_strictly(change, reason):
+    with pytest.raises((ModelRefused, UnsupportedLayer), match=reason):
+        Model.from_document(edited(change))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_no_mutation_of_a_document_is_accepted_as_another_spelling(data):
+    document = bytearray(small().document())
+    at = data.draw(st.integers(0, len(document) - 1))
+    document[at] = data.draw(st.integers(0, 255).filter(lambda b: b != document[at]))
+    try:
+        read = Model.from_document(bytes(document))
+    except (ModelRefused, UnsupportedLayer):
+        return
+    assert read.document() == bytes(document)
+
+
+def test_a_truncated_or_spaced_document_is_refused():
+    document = small().document()
+    with pytest.raises(ModelRefused, match="no JSON"):
+        Model.from_document(document[:-1])
+    with pytest.raises(ModelRefused, match="canonical form"):
+        Model.from_document(document + b"\n")
+    with pytest.raises(ModelRefused, match="at most"):
+        Model.from_document(b" " * (1 << 21))
