@@ -55,6 +55,8 @@ class Policy:
     tcb_statuses: tuple[str, ...] = ("UpToDate",)
     advisories: tuple[str, ...] = ()
     """Intel advisories, such as INTEL-SA-00615, that may be open on the platform."""
+    grace_days: int = 0
+    """For so long after its TCB was superseded an `OutOfDate` platform may still be accepted."""
     dynamic_platforms: str = "refuse"
     """`allow` accepts multi-package platforms."""
     smt: str = "allow"
@@ -73,6 +75,9 @@ class Policy:
             _refuse_unless(
                 status in TCB_STATUSES, f"TCB status {status!r}: not one of {TCB_STATUSES}"
             )
+        _refuse_unless(
+            0 <= self.grace_days <= 3650, f"grace_days is {self.grace_days}, not 0 to 3650"
+        )
         for key in ("dynamic_platforms", "smt"):
             value = getattr(self, key)
             _refuse_unless(value in ("allow", "refuse"), f"{key} is {value!r}: allow or refuse")
@@ -119,12 +124,12 @@ class Policy:
         for key, value in fields.items():
             _refuse_unless(key in _KEYS, f"unknown key {key!r}; known are {', '.join(_KEYS)}")
             kind = _KEYS[key]
-            _refuse_unless(_is(value, kind), f"{key} is not a {kind}")
+            _refuse_unless(_is(value, kind), f"{key} is not of the kind {kind}")
         _refuse_unless(fields.get("type") == "myelin/policy/1", 'type is not "myelin/policy/1"')
         made: dict[str, Any] = {
             key: tuple(fields[key]) for key in ("tcb_statuses", "advisories") if key in fields
         }
-        made |= {key: fields[key] for key in ("dynamic_platforms", "smt") if key in fields}
+        made |= {key: fields[key] for key in _SCALARS if key in fields}
         made["measurements"] = tuple(
             _digest("measurements", value) for value in fields.get("measurements", [])
         )
@@ -150,6 +155,7 @@ class Policy:
 
 
 _SIMULATOR = "danger_simulator_root"
+_SCALARS = ("grace_days", "dynamic_platforms", "smt")
 
 _KEYS: Mapping[str, str] = {
     "type": "string",
@@ -157,6 +163,7 @@ _KEYS: Mapping[str, str] = {
     "job": "string",
     "tcb_statuses": "list of strings",
     "advisories": "list of strings",
+    "grace_days": "integer",
     "dynamic_platforms": "string",
     "smt": "string",
     _SIMULATOR: "string",
@@ -166,6 +173,8 @@ _KEYS: Mapping[str, str] = {
 def _is(value: object, kind: str) -> bool:
     if kind == "string":
         return isinstance(value, str)
+    if kind == "integer":
+        return type(value) is int
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 

@@ -9,6 +9,7 @@ cut at `max_batch` and the sampler's rounding.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -265,11 +266,13 @@ def _compose(jobs: tuple[Privacy, ...], delta: float) -> float:
         dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
         value_discretization_interval=_INTERVAL,
     )
+    steps_of: Counter[tuple[float, float]] = Counter()
     for job in jobs:
-        gaussian = dp_accounting.GaussianDpEvent(job.noise_multiplier)
-        event = dp_accounting.PoissonSampledDpEvent(job.sample_rate, gaussian)
-        accountant.compose(event, job.steps)
-    steps = sum(job.steps for job in jobs)
+        steps_of[job.noise_multiplier, job.sample_rate] += job.steps
+    for (noise, rate), count in steps_of.items():
+        gaussian = dp_accounting.GaussianDpEvent(noise)
+        accountant.compose(dp_accounting.PoissonSampledDpEvent(rate, gaussian), count)
+    steps = steps_of.total()
     drift = _sampler_drift(steps)
     epsilon = float(accountant.get_epsilon(delta))
     for _ in range(8):

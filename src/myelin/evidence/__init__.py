@@ -99,7 +99,7 @@ def appraise(
         raise EvidenceRejected("tee", found=claim.tee, expected="sgx")
     quote = sgx.Quote.parse(claim.quote)
     platform = sgx.authenticate(quote, endorsements, policy, now)
-    if quote.attributes[0] & sgx.DEBUG:
+    if quote.attributes[0] & sgx.DEBUG:  # the library refuses it too, today
         raise EvidenceRejected("debug", found="a debug enclave", expected="a production enclave")
     if quote.measurement not in policy.measurements:
         expected = " or ".join(value.hex() for value in policy.measurements)

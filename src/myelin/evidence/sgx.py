@@ -40,6 +40,8 @@ class Quote:
     report_data: bytes
     root: bytes
     """The last certificate of the chain inside the quote, DER."""
+    root_name: str
+    """Its common name, for people."""
 
     @classmethod
     def parse(cls, raw: bytes) -> Quote:
@@ -56,12 +58,14 @@ class Quote:
         (signature_length,) = struct.unpack_from("<I", raw, SIGNED)
         _exact(len(raw), SIGNED + 4 + signature_length, "quote")
         body = raw[HEADER:SIGNED]
+        root = _root(raw[SIGNED + 4 :])
         return cls(
             raw=raw,
             attributes=body[48:64],
             measurement=body[64:96],
             report_data=body[320:384],
-            root=_root(raw[SIGNED + 4 :]),
+            root=root.public_bytes(Encoding.DER),
+            root_name=_common_name(root),
         )
 
 
@@ -81,15 +85,14 @@ def authenticate(quote: Quote, endorsements: str, policy: Policy, now: int) -> P
     """Verify signatures, chains, revocation, dates; then TCB status and advisories.
 
     endorsements: collateral as JSON (dcap-qvl's `QuoteCollateralV3`); now: Unix seconds.
-    Raises `EvidenceRejected`: root, endorsements, expired, authenticity, tcb-status, advisories,
-    platform.
+    Raises `EvidenceRejected`: root, endorsements, expired, debug, authenticity, tcb-status,
+    advisories, platform.
     """
-    name = _common_name(quote.root)
     root = hashlib.sha256(quote.root).hexdigest()
     if root != policy.root:
         raise EvidenceRejected(
             "root",
-            found=f"{name} ({root[:16]}…)",
+            found=f"{quote.root_name} ({root[:16]}…)",
             expected=f"{policy.root[:16]}…",
             hint="a simulator's root counts only where the policy names it as "
             "danger_simulator_root",
@@ -120,7 +123,7 @@ def authenticate(quote: Quote, endorsements: str, policy: Policy, now: int) -> P
         tcb_status=status,
         advisories=advisories,
         authority="intel" if root == INTEL_ROOT else "simulator",
-        root=name,
+        root=quote.root_name,
     )
 
 
@@ -133,14 +136,19 @@ def _claims(
             quote.raw, collateral, now, dcap_qvl.QuotePolicy.claims_only(now)
         )
     except ValueError as error:
-        expired = any(word in str(error) for word in ("xpired", "in the future", "NotValidYet"))
-        raise EvidenceRejected(
-            "expired" if expired else "authenticity",
-            found=str(error),
-            hint="fetch fresh endorsements" if expired else "",
-        ) from None
+        check, hint = _named(str(error))
+        raise EvidenceRejected(check, found=str(error), hint=hint) from None
     claims: dict[str, Any] = json.loads(made.to_json())
     return claims
+
+
+def _named(failure: str) -> tuple[str, str]:
+    """The check and a hint for a failure that the library tells only in words."""
+    if "Debug mode" in failure:
+        return "debug", "a debug enclave can be read from outside"
+    if any(word in failure for word in ("xpired", "in the future", "NotValidYet")):
+        return "expired", "fetch fresh endorsements"
+    return "authenticity", ""
 
 
 def _strict(
@@ -150,18 +158,21 @@ def _strict(
     strict = dcap_qvl.QuotePolicy.strict(now)
     strict = strict.allow_dynamic_platform(policy.dynamic_platforms == "allow")
     strict = strict.allow_smt(policy.smt == "allow")
+    strict = strict.platform_grace_period(policy.grace_days * 86_400)
     for status in policy.tcb_statuses:
         strict = strict.allow_status(status)
     try:
         verifier.verify_with_policy(quote.raw, collateral, now, strict)
     except ValueError as error:
         raise EvidenceRejected(
-            "platform", found=str(error), hint="dynamic_platforms and smt are keys of the policy"
+            "platform",
+            found=str(error),
+            hint="grace_days, dynamic_platforms and smt are keys of the policy",
         ) from None
 
 
-def _root(signature: bytes) -> bytes:
-    """Walk the signature data to the certificate chain; returns its last certificate, DER."""
+def _root(signature: bytes) -> x509.Certificate:
+    """Walk the signature data to the certificate chain; returns its last certificate."""
     at = 64 + 64 + REPORT + 64  # quote signature, attestation key, QE report, its signature
     (auth_length,) = _unpack("<H", signature, at)
     at += 2 + auth_length
@@ -174,11 +185,12 @@ def _root(signature: bytes) -> bytes:
     try:
         certificates = x509.load_pem_x509_certificates(chain)
         canonical = b"".join(one.public_bytes(Encoding.PEM) for one in certificates)
-    except ValueError as error:
+        _common_name(certificates[-1])
+    except Exception as error:  # the parser has many kinds, and each means the same here
         raise EvidenceRejected("structure", found=f"certificates: {error}") from None
     if canonical != chain:
         raise EvidenceRejected("structure", found="certificates in another form than plain PEM")
-    return certificates[-1].public_bytes(Encoding.DER)
+    return certificates[-1]
 
 
 def _unpack(form: str, data: bytes, at: int) -> tuple[int, ...]:
@@ -196,6 +208,6 @@ def _exact(found: int, expected: int, what: str) -> None:
         )
 
 
-def _common_name(der: bytes) -> str:
-    names = x509.load_der_x509_certificate(der).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+def _common_name(certificate: x509.Certificate) -> str:
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(names[0].value) if names else "a root without a name"
