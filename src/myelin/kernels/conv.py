@@ -143,18 +143,19 @@ def forward(cpu: Cpu, conv: Conv, *, bias: bool) -> Any:
         xp, w, *b, y = kernel.buffers
         with T.parallel(conv.n) as i:
             for co, widths in _channels(cpu, conv.co):
-                for block in _blocks(cpu, conv.oh, conv.ow, len(widths)):
+                for oh, ow, block in _blocks(cpu, conv.oh, conv.ow, widths):
                     tile = Tile(len(block), widths)
+                    pixels = [(oh + h, ow + v) for h, v in block]
                     if b:
                         for row, vector, offset, lanes in tile.cells():
                             tile.set(row, vector, load(b[0], co + offset, lanes=lanes))
                     for kh, kw, ci in steps(conv.kh, conv.kw, conv.ci):
                         tile.add_outer(
-                            [load(xp, i, h * sh + kh, v * sw + kw, ci) for h, v in block],
+                            [load(xp, i, h * sh + kh, v * sw + kw, ci) for h, v in pixels],
                             [load(w, kh, kw, ci, co + o, lanes=n) for o, n in tile.vectors()],
                         )
                     for row, vector, offset, _ in tile.cells():
-                        store(y, tile.get(row, vector), i, *block[row], co + offset)
+                        store(y, tile.get(row, vector), i, *pixels[row], co + offset)
     return kernel.function
 
 
@@ -163,7 +164,7 @@ def backward_data(cpu: Cpu, conv: Conv) -> Any:
 
     Inputs whose padded position is r modulo the stride meet only the taps r, r + stride, …: for
     each such phase, dx is a dense convolution of d within a zero border. Scratch holds that
-    bordered d, then the weights with their channels swapped, [kh,kw,co,ci].
+    bordered d, then the weights turned around and with their channels swapped, [kh,kw,co,ci].
     """
     rows, columns = _axes(conv)
     bordered = conv.n * rows.length * columns.length * conv.co
@@ -187,25 +188,30 @@ def backward_data(cpu: Cpu, conv: Conv) -> Any:
         with T.parallel(conv.kh * conv.kw) as tap:
             for ci, co in grid(conv.ci, conv.co):
                 kh, kw = _digits(tap, conv.kh, conv.kw)
-                store(scratch, load(w, kh, kw, ci, co), weight(kh, kw, co, ci))
+                at = weight(conv.kh - 1 - kh, conv.kw - 1 - kw, co, ci)
+                store(scratch, load(w, kh, kw, ci, co), at)
         with T.parallel(conv.n) as i:
             for ci, widths in _channels(cpu, conv.ci):
                 for across, along in product(rows.phases(), columns.phases()):
-                    for block in _blocks(cpu, across.size, along.size, len(widths)):
+                    for q, r, block in _blocks(cpu, across.size, along.size, widths):
                         tile = Tile(len(block), widths)
-                        sources = [(across.source(h), along.source(v)) for h, v in block]
+                        h, v = across.source(q), along.source(r)
                         for th, tw, co in steps(across.taps, along.taps, conv.co):
                             kh, kw = across.tap(th), along.tap(tw)
                             tile.add_outer(
-                                [load(scratch, adjoint(i, h - th, v - tw, co)) for h, v in sources],
+                                [
+                                    load(scratch, adjoint(i, h + dh + th, v + dv + tw, co))
+                                    for dh, dv in block
+                                ],
                                 [
                                     load(scratch, weight(kh, kw, co, ci + o), lanes=n)
                                     for o, n in tile.vectors()
                                 ],
                             )
-                        targets = [(across.target(h), along.target(v)) for h, v in block]
                         for row, vector, offset, _ in tile.cells():
-                            store(dx, tile.get(row, vector), i, *targets[row], ci + offset)
+                            dh, dv = block[row]
+                            target = (across.target(q + dh), along.target(r + dv))
+                            store(dx, tile.get(row, vector), i, *target, ci + offset)
     return kernel.function
 
 
@@ -419,8 +425,17 @@ def _bordered(
             yield sum(rows[:a]) + h, sum(columns[:b]) + v, a == b == 1
 
 
-def _blocks(cpu: Cpu, height: int, width: int, count: int) -> Iterator[list[tuple[Any, Any]]]:
-    """Covers height × width pixels by rectangles that fit registers, `count` vectors a pixel."""
+def _blocks(
+    cpu: Cpu, height: int, width: int, widths: Sequence[int]
+) -> Iterator[tuple[Any, Any, list[tuple[int, int]]]]:
+    """Covers height × width pixels by rectangles that fit the registers, vectors of `widths` each.
+
+    Gives (row, column, (row, column) of each pixel from there).
+    """
+
+    count = len(widths)
+    # LLVM takes seconds over large blocks of scalars, trying to make vectors of them.
+    limit = (20 if cpu.lanes == 16 else 12) // count if sum(widths) > 1 else 4
 
     def cost(shape: tuple[int, int]) -> tuple[int, int]:
         parts = list(product(segments(height, shape[0]), segments(width, shape[1])))
@@ -431,7 +446,6 @@ def _blocks(cpu: Cpu, height: int, width: int, count: int) -> Iterator[list[tupl
         )
         return cycles, len(parts)
 
-    limit = (20 if cpu.lanes == 16 else 12) // count
     shapes = [
         (h, v)
         for h in range(1, min(height, limit) + 1)
@@ -440,10 +454,8 @@ def _blocks(cpu: Cpu, height: int, width: int, count: int) -> Iterator[list[tupl
     h, v = min(shapes, key=cost)
     for rows, columns in product(segments(height, h), segments(width, v)):
         for r, c in grid(rows.count, columns.count):
-            yield [
-                (rows.at(r) + dh, columns.at(c) + dv)
-                for dh, dv in product(range(rows.size), range(columns.size))
-            ]
+            pixels = list(product(range(rows.size), range(columns.size)))
+            yield rows.at(r), columns.at(c), pixels
 
 
 # Backward data
@@ -503,12 +515,13 @@ class _Phase:
     taps: int
 
     def tap(self, number: Any) -> Any:
-        """Which row of the kernel tap `number` of this phase is."""
-        return self.remainder + self.axis.stride * number
+        """Which row of the turned kernel tap `number` of this phase is."""
+        first = (self.axis.taps - 1 - self.remainder) % self.axis.stride
+        return first + self.axis.stride * number
 
     def source(self, number: Any) -> Any:
         """Which row of the bordered adjoint meets position `number` at tap 0."""
-        return self.first + number + self.axis.border[0]
+        return self.first + number + self.axis.border[0] - (self.taps - 1)
 
     def target(self, number: Any) -> Any:
         """Which row of the input position `number` is."""
