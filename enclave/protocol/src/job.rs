@@ -98,29 +98,41 @@ pub struct Privacy {
 }
 
 impl Job {
-    /// Reads and checks a job document.
+    /// No job yet.
+    pub const fn new() -> Self {
+        let nothing = [0; 32];
+        Job {
+            digest: nothing,
+            image: Image { digest: nothing, measurement: nothing },
+            sends: List::new(),
+            parties: List::new(),
+            privacy: Privacy::NONE,
+            weights: nothing,
+            receives: List::new(),
+        }
+    }
+
+    /// Reads and checks a job document, in place: a job is large for an enclave's stack. After a
+    /// refusal this is no job.
     ///
     /// `message-too-long` above [`JOB_BYTES`]; `party-unknown` for an index outside `parties`;
     /// `job-wrong` for a job that is well formed but makes no sense.
-    pub fn read(bytes: &[u8]) -> Result<Self, Refusal> {
+    pub fn read(&mut self, bytes: &[u8]) -> Result<(), Refusal> {
         if bytes.len() > JOB_BYTES {
             return Err(Refusal::MessageTooLong);
         }
-        let job = Reader::document(bytes, |reader| {
+        self.digest = Sha256::digest(bytes).into();
+        Reader::document(bytes, |reader| {
             reader.map(7)?;
             reader.key("type")?.kind(KIND)?;
-            Ok(Job {
-                digest: Sha256::digest(bytes).into(),
-                image: Image::read(reader.key("image")?)?,
-                sends: list(reader.key("sends")?, Send::read)?,
-                parties: list(reader.key("parties")?, Party::read)?,
-                privacy: Privacy::read(reader.key("privacy")?)?,
-                weights: *reader.key("weights")?.fixed()?,
-                receives: list(reader.key("receives")?, Receive::read)?,
-            })
+            self.image = Image::read(reader.key("image")?)?;
+            fill(&mut self.sends, reader.key("sends")?, Send::read)?;
+            fill(&mut self.parties, reader.key("parties")?, Party::read)?;
+            self.privacy = Privacy::read(reader.key("privacy")?)?;
+            self.weights = *reader.key("weights")?.fixed()?;
+            fill(&mut self.receives, reader.key("receives")?, Receive::read)
         })?;
-        job.check()?;
-        Ok(job)
+        self.check()
     }
 
     /// The party with this signing key.
@@ -174,6 +186,12 @@ impl Job {
             && self.parties.iter().all(Party::is_usable)
             && self.privacy.is_sensible();
         if sensible { Ok(()) } else { Err(Refusal::JobWrong) }
+    }
+}
+
+impl Default for Job {
+    fn default() -> Self {
+        Job::new()
     }
 }
 
@@ -255,6 +273,17 @@ impl Receive {
 }
 
 impl Privacy {
+    const NONE: Privacy = Privacy {
+        delta: 0,
+        steps: 0,
+        epsilon: 0,
+        max_batch: 0,
+        sample_rate: 0,
+        max_grad_norm: 0,
+        expected_batch: 0,
+        noise_multiplier: 0,
+    };
+
     fn read(reader: &mut Reader<'_>) -> Result<Self, Refusal> {
         reader.map(10)?;
         let delta = reader.key("delta")?.unsigned()?;
@@ -310,15 +339,16 @@ pub(crate) fn index(reader: &mut Reader<'_>) -> Result<usize, Refusal> {
     usize::try_from(reader.unsigned()?).map_err(|_| Refusal::PartyUnknown)
 }
 
-fn list<'b, T>(
+fn fill<'b, T>(
+    list: &mut List<T>,
     reader: &mut Reader<'b>,
     read: impl Fn(&mut Reader<'b>) -> Result<T, Refusal>,
-) -> Result<List<T>, Refusal> {
-    let mut list = List::new();
+) -> Result<(), Refusal> {
+    list.clear();
     for _ in 0..reader.list(MOST)? {
         list.push(read(reader)?)?;
     }
-    Ok(list)
+    Ok(())
 }
 
 /// Whether no two items are the `same`.

@@ -24,6 +24,12 @@ impl<T> List<T> {
         Ok(())
     }
 
+    /// Drops all items.
+    pub fn clear(&mut self) {
+        self.items.iter_mut().for_each(|item| *item = None);
+        self.length = 0;
+    }
+
     /// Number of items.
     pub fn len(&self) -> usize {
         self.length

@@ -10,9 +10,9 @@
 
 mod client;
 
-use client::{Client, GrantOf, JobOf, damaged, seal, unseal};
+use client::{Client, GrantOf, JobOf, damaged, read_job, seal, unseal};
 use myelin_protocol::cbor::Reader;
-use myelin_protocol::{CHUNK, Grant, HEADER, HpkeKey, Job, Refusal, Sealed, approve, report_data};
+use myelin_protocol::{CHUNK, Grant, HEADER, HpkeKey, Refusal, Sealed, approve, report_data};
 
 fn clients() -> [Client; 2] {
     [Client::new("a", 1), Client::new("researcher", 2)]
@@ -34,14 +34,14 @@ fn job(clients: &[Client]) -> JobOf<'_> {
 }
 
 fn refusal(document: &[u8]) -> Option<Refusal> {
-    Job::read(document).err()
+    read_job(document).err()
 }
 
 #[test]
 fn a_job_is_read() {
     let clients = clients();
     let document = job(&clients).document();
-    let read = Job::read(&document).unwrap();
+    let read = read_job(&document).unwrap();
     assert_eq!((read.sends.len(), read.parties.len(), read.receives.len()), (2, 2, 2));
     assert_eq!(read.sends.get(0).unwrap().capacity, 10);
     assert_eq!(read.privacy.expected_batch, 2_500_000);
@@ -95,11 +95,11 @@ fn jobs_that_make_no_sense_are_refused() {
 fn a_damaged_job_is_refused_or_is_one_that_nobody_approved() {
     let clients = clients();
     let document = job(&clients).document();
-    let digest = Job::read(&document).unwrap().digest;
+    let digest = read_job(&document).unwrap().digest;
     let approvals = clients.each_ref().map(|client| client.approval(&digest));
     let mut read = 0;
     for changed in damaged(&document) {
-        if let Ok(other) = Job::read(&changed) {
+        if let Ok(other) = read_job(&changed) {
             read += 1;
             for approval in &approvals {
                 assert_eq!(approve(&other, approval), Err(Refusal::JobWrong));
@@ -112,7 +112,7 @@ fn a_damaged_job_is_refused_or_is_one_that_nobody_approved() {
 #[test]
 fn approvals() {
     let clients = clients();
-    let job = Job::read(&job(&clients).document()).unwrap();
+    let job = read_job(&job(&clients).document()).unwrap();
     let approval = clients[1].approval(&job.digest);
     assert_eq!(approve(&job, &approval), Ok(1));
     assert_eq!(approve(&job, &clients[0].approval(&[0; 32])), Err(Refusal::JobWrong));
@@ -126,7 +126,7 @@ fn approvals() {
 #[test]
 fn a_signature_has_one_form() {
     let clients = clients();
-    let job = Job::read(&job(&clients).document()).unwrap();
+    let job = read_job(&job(&clients).document()).unwrap();
     let mut approval = clients[0].approval(&job.digest);
     // The other root: s' = n − s is as good in plain ECDSA.
     let order = client::unhex("ffffffff00000000ffffffffffffffffbce6faada7179e84f3b9cac2fc632551");
@@ -143,7 +143,7 @@ fn a_signature_has_one_form() {
 #[test]
 fn grants() {
     let clients = clients();
-    let job = Job::read(&job(&clients).document()).unwrap();
+    let job = read_job(&job(&clients).document()).unwrap();
     let instance = HpkeKey::from_seed([5; 32]);
     let public = instance.public().unwrap();
     let good = GrantOf {

@@ -1,4 +1,7 @@
-//! The image's description, read and checked once, as a plan that can be run.
+//! The image's description, checked once, as a plan that can be run.
+//!
+//! Programs stay in their encoding and are decoded again call by call as they run: that takes a
+//! fraction of a microsecond a call and no tables.
 
 use myelin_protocol::Refusal;
 use myelin_protocol::cbor::Reader;
@@ -7,12 +10,10 @@ use crate::Machine;
 
 /// The most kernels of an image.
 const KERNELS: usize = 1_024;
-/// The most calls of the three programs together.
-const CALLS: usize = 1_024;
-/// The most arguments of one kernel.
+/// The most calls of a program.
+const CALLS: usize = 65_536;
+/// The most arguments of a kernel.
 const ARGUMENTS: usize = 14;
-/// The most arguments of all calls together.
-const ARGUMENTS_IN_ALL: usize = 4_096;
 /// Alignment of everything in arena and heap.
 pub const ALIGNMENT: usize = 64;
 
@@ -41,8 +42,7 @@ pub struct Plan {
     pub gradient: Program,
     pub predict: Program,
     pub update: Program,
-    calls: [Call; CALLS],
-    arguments: [(u32, u32); ARGUMENTS_IN_ALL],
+    kernels: Kernels,
 }
 
 /// What an example's prediction is compared by.
@@ -71,33 +71,19 @@ pub struct Buffers {
     pub gradient: Buffer,
 }
 
-/// A range of calls.
+/// A list of calls, encoded.
 #[derive(Clone, Copy)]
-pub struct Program {
-    first: usize,
-    last: usize,
-}
-
-/// Kernel `kernel` with `count` arguments from `first`.
-#[derive(Clone, Copy)]
-struct Call {
-    kernel: u16,
-    first: u16,
-    count: u16,
-}
+pub struct Program(&'static [u8]);
 
 impl Plan {
     /// Reads the description and checks everything that docs/image.md asks of it.
     pub fn read(machine: &impl Machine) -> Result<Self, Refusal> {
-        let description = machine.description();
-        let (mut plan, raw) = Reader::document(description, read)?;
-        let kernels = Kernels::read(raw.kernels)?;
-        let mut end = Ends { calls: 0, arguments: 0 };
-        plan.update = plan.program(raw.update, &kernels, &mut end)?;
-        plan.predict = plan.program(raw.predict, &kernels, &mut end)?;
-        plan.gradient = plan.program(raw.gradient, &kernels, &mut end)?;
+        let plan = Reader::document(machine.description(), read)?;
+        for program in [plan.update, plan.predict, plan.gradient] {
+            plan.run(program, |_, _| Ok(()))?;
+        }
         let fits = plan.buffers_fit()?
-            && kernels.count == machine.kernels()
+            && plan.kernels.count == machine.kernels()
             && plan.threads == machine.slots()
             && plan.batch > 0
             && plan.features > 0;
@@ -114,49 +100,31 @@ impl Plan {
         self.buffers.weights.bytes / 4
     }
 
-    /// The calls of `program`: kernel and (offset, bytes) of its arguments.
-    pub fn calls(&self, program: Program) -> impl Iterator<Item = (usize, &[(u32, u32)])> {
-        let calls = self.calls.get(program.first..program.last).unwrap_or_default();
-        calls.iter().map(|call| {
-            let first = usize::from(call.first);
-            let last = first.saturating_add(usize::from(call.count));
-            (usize::from(call.kernel), self.arguments.get(first..last).unwrap_or_default())
-        })
-    }
-
-    /// Resolves a list of calls against the kernels' argument sizes.
-    fn program(
-        &mut self,
-        calls: &[u8],
-        kernels: &Kernels<'_>,
-        end: &mut Ends,
-    ) -> Result<Program, Refusal> {
-        let first = end.calls;
-        Reader::document(calls, |reader| {
+    /// Gives every call of `program` to `call`: the kernel, and (offset, bytes) of its arguments,
+    /// which lie in the arena. Stops at the first refusal.
+    pub fn run(
+        &self,
+        program: Program,
+        mut call: impl FnMut(usize, &[(u32, u32)]) -> Result<(), Refusal>,
+    ) -> Result<(), Refusal> {
+        Reader::document(program.0, |reader| {
             for _ in 0..reader.list(CALLS)? {
-                let count = reader.list(ARGUMENTS + 1)?.checked_sub(1).ok_or(Refusal::FieldWrong)?;
+                let count = reader.list(ARGUMENTS.saturating_add(1))?;
                 let kernel = size(reader)?;
-                let mut sizes = kernels.sizes(kernel)?;
-                if sizes.list(ARGUMENTS)? != count {
-                    return Err(Refusal::FieldWrong);
+                let mut sizes = self.kernels.sizes(kernel)?;
+                let mut arguments = [(0, 0); ARGUMENTS];
+                let arguments = arguments
+                    .get_mut(..sizes.list(ARGUMENTS)?)
+                    .filter(|arguments| arguments.len().checked_add(1) == Some(count))
+                    .ok_or(Refusal::FieldWrong)?;
+                for place in arguments.iter_mut() {
+                    *place = (reader.unsigned32()?, sizes.unsigned32()?);
+                    let (offset, bytes) = (place.0 as usize, place.1 as usize);
+                    Buffer { offset, bytes }.check(self.arena)?;
                 }
-                let call = self.calls.get_mut(end.calls).ok_or(Refusal::LimitExceeded)?;
-                *call = Call {
-                    kernel: narrow(kernel)?,
-                    first: narrow(end.arguments)?,
-                    count: narrow(count)?,
-                };
-                for _ in 0..count {
-                    let buffer = Buffer { offset: size(reader)?, bytes: size(&mut sizes)? };
-                    buffer.check(self.arena)?;
-                    let place =
-                        self.arguments.get_mut(end.arguments).ok_or(Refusal::LimitExceeded)?;
-                    *place = (narrow(buffer.offset)?, narrow(buffer.bytes)?);
-                    end.arguments = end.arguments.saturating_add(1);
-                }
-                end.calls = end.calls.saturating_add(1);
+                call(kernel, arguments)?;
             }
-            Ok(Program { first, last: end.calls })
+            Ok(())
         })
     }
 
@@ -204,35 +172,22 @@ impl Buffer {
     }
 }
 
-/// Parts of the description that are read once the kernels are known.
-struct Raw<'b> {
-    kernels: &'b [u8],
-    update: &'b [u8],
-    predict: &'b [u8],
-    gradient: &'b [u8],
-}
-
-/// How much of the plan's tables is used.
-struct Ends {
-    calls: usize,
-    arguments: usize,
-}
-
 /// Where each kernel's argument sizes lie in the description.
-struct Kernels<'b> {
-    bytes: &'b [u8],
+struct Kernels {
+    bytes: &'static [u8],
     starts: [u32; KERNELS],
     count: usize,
 }
 
-impl<'b> Kernels<'b> {
-    fn read(bytes: &'b [u8]) -> Result<Self, Refusal> {
+impl Kernels {
+    fn read(bytes: &'static [u8]) -> Result<Self, Refusal> {
         let mut kernels = Kernels { bytes, starts: [0; KERNELS], count: 0 };
         Reader::document(bytes, |reader| {
             kernels.count = reader.list(KERNELS)?;
             for start in kernels.starts.iter_mut().take(kernels.count) {
                 reader.map(2)?;
-                *start = narrow(reader.key("args")?.position())?;
+                let position = reader.key("args")?.position();
+                *start = u32::try_from(position).map_err(|_| Refusal::LimitExceeded)?;
                 reader.skip()?;
                 reader.key("name")?.text()?;
             }
@@ -242,7 +197,7 @@ impl<'b> Kernels<'b> {
     }
 
     /// A reader of the argument sizes of kernel `k`.
-    fn sizes(&self, k: usize) -> Result<Reader<'b>, Refusal> {
+    fn sizes(&self, k: usize) -> Result<Reader<'static>, Refusal> {
         let start = self.starts.get(..self.count).and_then(|starts| starts.get(k));
         let start = start.ok_or(Refusal::FieldWrong)?;
         let rest = self.bytes.get(*start as usize..).ok_or(Refusal::FieldWrong)?;
@@ -250,8 +205,8 @@ impl<'b> Kernels<'b> {
     }
 }
 
-/// Reads the description's map; the programs stay unresolved.
-fn read<'b>(reader: &mut Reader<'b>) -> Result<(Plan, Raw<'b>), Refusal> {
+/// Reads the description's map.
+fn read(reader: &mut Reader<'static>) -> Result<Plan, Refusal> {
     reader.map(23)?;
     reader.key("cpu")?.skip()?;
     size(reader.key("heap")?)?;
@@ -264,24 +219,23 @@ fn read<'b>(reader: &mut Reader<'b>) -> Result<(Plan, Raw<'b>), Refusal> {
     reader.key("record")?.map(2)?;
     let label = size(reader.key("label")?)?;
     let features = size(reader.key("features")?)?;
-    let update = reader.key("update")?.skip()?;
+    let update = Program(reader.key("update")?.skip()?);
     let buffers = buffers(reader.key("buffers")?, arena)?;
-    let kernels = reader.key("kernels")?.skip()?;
+    let kernels = Kernels::read(reader.key("kernels")?.skip()?)?;
     let outputs = size(reader.key("outputs")?)?;
-    let predict = reader.key("predict")?.skip()?;
+    let predict = Program(reader.key("predict")?.skip()?);
     let threads = size(reader.key("threads")?)?;
     reader.key("capacity")?.map(2)?;
     let tests = size(reader.key("test")?)?;
     let records = size(reader.key("records")?)?;
     reader.key("clipping")?.skip()?;
-    let gradient = reader.key("gradient")?.skip()?;
+    let gradient = Program(reader.key("gradient")?.skip()?);
     reader.key("versions")?.skip()?;
     let additions = reader.key("additions")?.unsigned()?;
     reader.key("optimizer")?.skip()?;
     let workspace = size(reader.key("workspace")?)?;
     reader.key("parameters")?.skip()?;
-    let none = Program { first: 0, last: 0 };
-    let plan = Plan {
+    Ok(Plan {
         arena,
         batch,
         loss,
@@ -294,13 +248,11 @@ fn read<'b>(reader: &mut Reader<'b>) -> Result<(Plan, Raw<'b>), Refusal> {
         records,
         tests,
         buffers,
-        gradient: none,
-        predict: none,
-        update: none,
-        calls: [Call { kernel: 0, first: 0, count: 0 }; CALLS],
-        arguments: [(0, 0); ARGUMENTS_IN_ALL],
-    };
-    Ok((plan, Raw { kernels, update, predict, gradient }))
+        gradient,
+        predict,
+        update,
+        kernels,
+    })
 }
 
 fn loss(reader: &mut Reader<'_>) -> Result<Loss, Refusal> {
@@ -324,8 +276,4 @@ fn buffers(reader: &mut Reader<'_>, arena: usize) -> Result<Buffers, Refusal> {
 /// A size in bytes or a number of things: 32 bits, as arenas stay below 4 GiB.
 fn size(reader: &mut Reader<'_>) -> Result<usize, Refusal> {
     Ok(reader.unsigned32()? as usize)
-}
-
-fn narrow<T: TryFrom<usize>>(value: usize) -> Result<T, Refusal> {
-    T::try_from(value).map_err(|_| Refusal::LimitExceeded)
 }

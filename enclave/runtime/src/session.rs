@@ -24,13 +24,13 @@ pub struct Session<M> {
     machine: M,
     /// None of it where the image's description is not in order; every job is refused then.
     engine: Result<Engine, Refusal>,
+    job: Job,
     instance: Option<Instance>,
     phase: Phase,
 }
 
 /// A job under way.
 struct Instance {
-    job: Job,
     hpke: Hpke,
     sign: Sign,
     approved: List<usize>,
@@ -80,7 +80,7 @@ impl<M: Machine> Session<M> {
             let memory = Memory::new(&mut machine, &plan)?;
             Ok(Engine { plan, memory })
         });
-        Session { machine, engine, instance: None, phase: Phase::Waiting }
+        Session { machine, engine, job: Job::new(), instance: None, phase: Phase::Waiting }
     }
 
     /// Serves one request, a private copy of what the host sent; gives the reply's length.
@@ -140,13 +140,14 @@ impl<M: Machine> Session<M> {
             return Err(Refusal::WrongState);
         }
         let Engine { plan, memory } = self.engine.as_ref().map_err(|refusal| *refusal)?;
-        let job = Job::read(document)?;
+        let job = &mut self.job;
+        job.read(document)?;
         Limits::new(&job.privacy, plan).ok_or(Refusal::JobWrong)?;
         if job.has(Slot::Score) && plan.loss == Loss::MeanSquaredError {
             return Err(Refusal::JobWrong);
         }
         let mut inputs = List::new();
-        let places = memory.place(&job, plan)?;
+        let places = memory.place(job, plan)?;
         for (send, place) in job.sends.iter().zip(places.iter()) {
             inputs.push(Input::new(*send, place.clone(), plan.record()))?;
         }
@@ -156,7 +157,6 @@ impl<M: Machine> Session<M> {
         let hpke = HpkeKey::generate(&mut generator);
         let sign = SigningKey::generate(&mut generator)?;
         self.instance = Some(Instance {
-            job,
             hpke: hpke.public()?,
             sign: sign.public()?,
             approved: List::new(),
@@ -169,8 +169,8 @@ impl<M: Machine> Session<M> {
     }
 
     fn approve(&mut self, approval: &[u8]) -> Result<usize, Refusal> {
-        let Instance { job, approved, .. } = running(&mut self.instance, &mut self.phase)?.0;
-        let party = approve(job, bounded(approval)?)?;
+        let Instance { approved, .. } = running(&mut self.instance, &mut self.phase)?.0;
+        let party = approve(&self.job, bounded(approval)?)?;
         if approved.iter().any(|other| *other == party) {
             return Err(Refusal::ApprovalDuplicate);
         }
@@ -180,15 +180,15 @@ impl<M: Machine> Session<M> {
 
     fn attest(&mut self, nonce: &[u8; 32], result: &mut [u8]) -> Result<usize, Refusal> {
         let instance = self.instance.as_ref().ok_or(Refusal::WrongState)?;
-        instance.check_approvals()?;
-        let Instance { job, hpke, sign, .. } = instance;
+        instance.check_approvals(&self.job)?;
+        let (job, Instance { hpke, sign, .. }) = (&self.job, instance);
         put(result, &[hpke, sign, &report_data(nonce, hpke, sign, &job.digest)])
     }
 
     fn grant(&mut self, grant: &[u8]) -> Result<usize, Refusal> {
         let (instance, secrets) = running(&mut self.instance, &mut self.phase)?;
-        instance.check_approvals()?;
-        let Instance { job, inputs, .. } = instance;
+        instance.check_approvals(&self.job)?;
+        let (job, Instance { inputs, .. }) = (&self.job, instance);
         let grant = Grant::read(job, bounded(grant)?)?;
         let input = inputs.get_mut(grant.send).ok_or(Refusal::GrantWrong)?;
         input.expects_grant()?;
@@ -221,7 +221,7 @@ impl<M: Machine> Session<M> {
     }
 
     fn weights(&mut self, offset: u64, part: &[u8]) -> Result<usize, Refusal> {
-        let Instance { job, initial, .. } = running(&mut self.instance, &mut self.phase)?.0;
+        let Instance { initial, .. } = running(&mut self.instance, &mut self.phase)?.0;
         let Engine { plan, memory } = self.engine.as_mut().map_err(|refusal| *refusal)?;
         let weights = memory.bytes_mut(plan.buffers.weights);
         let end = initial.received.saturating_add(part.len());
@@ -232,7 +232,7 @@ impl<M: Machine> Session<M> {
         place.copy_from_slice(part);
         initial.hash.update(part);
         initial.received = end;
-        if end == weights.len() && initial.hash.clone().finalize() != job.weights {
+        if end == weights.len() && initial.hash.clone().finalize() != self.job.weights {
             *initial = Initial::new();
             return Err(Refusal::WeightsDigestWrong);
         }
@@ -249,7 +249,7 @@ impl<M: Machine> Session<M> {
         let (instance, secrets) = running(&mut self.instance, &mut self.phase)?;
         let engine = self.engine.as_mut().map_err(|refusal| *refusal)?;
         instance.check_inputs(engine)?;
-        let privacy = instance.job.privacy;
+        let privacy = self.job.privacy;
         let total = instance.steps.checked_add(steps).ok_or(Refusal::StepsExceeded)?;
         if u64::from(total) > privacy.steps {
             return Err(Refusal::StepsExceeded);
@@ -281,7 +281,7 @@ impl<M: Machine> Session<M> {
         let engine = self.engine.as_mut().map_err(|refusal| *refusal)?;
         instance.check_inputs(engine)?;
         let mut score = None;
-        if instance.job.has(Slot::Score) {
+        if self.job.has(Slot::Score) {
             match engine.score(&mut self.machine, &instance.shards(Slot::Test)?) {
                 Ok(found) => score = Some(found),
                 Err(refusal) => {
@@ -292,7 +292,7 @@ impl<M: Machine> Session<M> {
         }
         let weights = engine.plan.buffers.weights;
         let receipt = Receipt {
-            job: &instance.job,
+            job: &self.job,
             steps: u64::from(instance.steps),
             score,
             inputs: &|i| instance.inputs.get(i)?.loaded().ok().map(|(_, commitment)| *commitment),
@@ -300,7 +300,7 @@ impl<M: Machine> Session<M> {
         };
         let length = receipt.write(result, &secrets.sign)?;
         let mut outputs = List::new();
-        for receive in instance.job.receives.iter() {
+        for receive in self.job.receives.iter() {
             outputs.push(receive.party.map(|party| {
                 let (mut key, mut salt) = (Zeroizing::new([0; 32]), [0; 32]);
                 secrets.generator.fill(&mut *key);
@@ -317,9 +317,7 @@ impl<M: Machine> Session<M> {
     }
 
     fn output(&mut self, index: u32, part: u32, result: &mut [u8]) -> Result<usize, Refusal> {
-        let (Phase::Finished(generator, outputs), Some(instance)) =
-            (&mut self.phase, &self.instance)
-        else {
+        let Phase::Finished(generator, outputs) = &mut self.phase else {
             return Err(Refusal::WrongState);
         };
         let output = outputs.get_mut(index as usize).and_then(Option::as_mut);
@@ -327,7 +325,7 @@ impl<M: Machine> Session<M> {
         let number = match part {
             0 => {
                 let Output { slot, party, key, .. } = output;
-                return write_output(result, &instance.job, *slot, *party, key, generator);
+                return write_output(result, &self.job, *slot, *party, key, generator);
             }
             1 => return put(result, &[output.sealed.header()]),
             part => u64::from(part.saturating_sub(2)),
@@ -368,8 +366,8 @@ impl<M: Machine> Session<M> {
 }
 
 impl Instance {
-    fn check_approvals(&self) -> Result<(), Refusal> {
-        if self.approved.len() == self.job.parties.len() {
+    fn check_approvals(&self, job: &Job) -> Result<(), Refusal> {
+        if self.approved.len() == job.parties.len() {
             Ok(())
         } else {
             Err(Refusal::ApprovalMissing)

@@ -175,10 +175,8 @@ impl Engine {
     }
 
     fn run(&mut self, machine: &mut impl Machine, program: Program) -> Result<(), Refusal> {
-        for (kernel, arguments) in self.plan.calls(program) {
-            machine.call(kernel, self.memory.arena(), arguments)?;
-        }
-        Ok(())
+        let arena = self.memory.arena();
+        self.plan.run(program, |kernel, arguments| machine.call(kernel, arena, arguments))
     }
 }
 

@@ -53,6 +53,8 @@ struct Host {
     job: Vec<u8>,
     digest: [u8; 32],
     instance: [u8; 1216],
+    /// Every request so far.
+    log: Vec<Vec<u8>>,
 }
 
 impl Host {
@@ -102,6 +104,7 @@ impl Host {
             job,
             digest,
             instance: [0; 1216],
+            log: vec![],
         }
     }
 
@@ -112,6 +115,7 @@ impl Host {
     fn call(&mut self, operation: u32, parts: &[&[u8]]) -> Result<Vec<u8>, String> {
         let request = [&operation.to_le_bytes(), &parts.concat()[..]].concat();
         let length = self.session.handle(&request, &mut self.reply);
+        self.log.push(request);
         let (status, result) = self.reply[..length].split_first_chunk().unwrap();
         match u32::from_le_bytes(*status) {
             0 => Ok(result.to_vec()),
@@ -723,6 +727,26 @@ fn descriptions_that_make_no_sense_are_refused() {
     let mut host = Host::on(tight, Shape::SMALL, |_| ());
     let job = host.job.clone();
     assert_eq!(refused(host.call(JOB, &[&job])), "field-wrong", "too small a heap");
+}
+
+/// The stack of an enclave's thread is 256 KiB (docs/image.md); three quarters of it must do, without
+/// the optimiser's help, for a whole session.
+#[test]
+fn a_session_fits_its_stack() {
+    let mut host = Host::small().loaded();
+    host.train(3, ALL, 1).unwrap();
+    host.call(FINISH, &[]).unwrap();
+    host.weights();
+    let log = host.log;
+    let replay = move || {
+        let mut session = Box::new(Session::new(Fake::new(Shape::SMALL).0));
+        let mut reply = vec![0; 1 << 17];
+        for request in &log {
+            session.handle(request, &mut reply);
+            assert_eq!(reply[..4], [0; 4]);
+        }
+    };
+    std::thread::Builder::new().stack_size(192 << 10).spawn(replay).unwrap().join().unwrap();
 }
 
 /// A whole session for the Python client to read: vectors/enclave/session.json. Gradients are zero,

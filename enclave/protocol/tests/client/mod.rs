@@ -4,7 +4,7 @@
 use myelin_noise::Generator;
 use myelin_protocol::cbor::{Reader, Writer, writer};
 use myelin_protocol::{
-    CHUNK, CHUNK_TAG, Envelope, HEADER, Hpke, HpkeKey, Sealed, SigningKey, seal_to,
+    CHUNK, CHUNK_TAG, Envelope, HEADER, Hpke, HpkeKey, Job, Refusal, Sealed, SigningKey, seal_to,
 };
 
 /// A party; its keys come from its number.
@@ -59,6 +59,12 @@ impl Client {
         });
         signed("myelin/grant/1", &body, &self.sign)
     }
+}
+
+/// A job that was read.
+pub fn read_job(document: &[u8]) -> Result<Job, Refusal> {
+    let mut job = Job::new();
+    job.read(document).map(|()| job)
 }
 
 /// What a grant says.
@@ -200,9 +206,7 @@ pub fn signed(kind: &str, body: &[u8], key: &SigningKey) -> Vec<u8> {
     out
 }
 
-pub fn encode(
-    write: impl FnOnce(&mut Writer<'_>) -> Result<(), myelin_protocol::Refusal>,
-) -> Vec<u8> {
+pub fn encode(write: impl FnOnce(&mut Writer<'_>) -> Result<(), Refusal>) -> Vec<u8> {
     let mut out = vec![0; 1 << 17];
     let mut w = writer(&mut out);
     write(&mut w).unwrap();
