@@ -206,7 +206,7 @@ class _Proof:
         raise self._refusal(buffer, "", "buffer is not declared in this kernel")
 
     def _refusal(self, buffer: Any, index: Any, found: str) -> BoundsError:
-        name = buffer if isinstance(buffer, str) else buffer.name
+        name = buffer if isinstance(buffer, str) else buffer.name or "(local)"
         return BoundsError(self.kernel, name, str(index), found)
 
 

@@ -1,0 +1,25 @@
+from myelin.kernels import clipping, elementwise, layout, linear, loss, reduce, update
+
+
+def every_template(cpu):
+    """One kernel of each template, with sizes large enough to run in parallel."""
+    m, k, n = 256, 200, 50
+    return {
+        "matmul": linear.matmul(cpu, m, k, n, bias=True),
+        "backward_data": linear.backward_data(cpu, m, k, n),
+        "weighted_gradient": linear.weighted_gradient(cpu, m, k, n),
+        "weighted_bias": linear.weighted_bias(cpu, m, n),
+        "squared_norm": linear.squared_norm(cpu, m, 4000, n, bias=True),
+        "cross_entropy": loss.cross_entropy_adjoint(cpu, m, 100),
+        "binary": loss.binary_cross_entropy_adjoint(cpu, m, 1),
+        "squared": loss.mean_squared_error_adjoint(cpu, m, 3),
+        "sgd": update.sgd(cpu, 100_001, lr=0.1, momentum=0.9),
+        "adam": update.adam(cpu, 100_001, lr=0.1),
+        "weighted_sum": clipping.weighted_sum(cpu, m, 1001),
+        "clip_factors": clipping.clip_factors(cpu, m, 1, 1, inflation=[0.0], kappa=[0.0]),
+        "mask_rows": clipping.mask_rows(cpu, m, 2000),
+        "map": elementwise.map(cpu, [(m, k), (k,)], (m, k), lambda a, b: a + b),
+        "reduction": reduce.reduction(cpu, m, k, n, "max"),
+        "softmax": reduce.softmax(cpu, m, 100),
+        "permute": layout.permute(cpu, (m, 3, 99), (0, 2, 1)),
+    }

@@ -1,0 +1,106 @@
+import pytest
+from templates import every_template
+from tvm.script.ir_builder import tirx as T
+
+from myelin.cpu import LEVELS
+from myelin.kernels.bounds import BoundsError, prove
+from myelin.kernels.tir import Kernel, load, local, serial, splat, store
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=lambda cpu: cpu.level)
+def test_every_template_is_in_bounds(level):
+    for name, kernel in every_template(level).items():
+        prove(kernel, name)
+
+
+def kernel(body, rows=10):
+    with Kernel(x=(rows,), y=(rows,)) as built:
+        x, y = built.buffers
+        with serial(rows) as i:
+            body(x, y, i)
+    return built.function
+
+
+def branch_on_data(x, y, i):
+    with T.If(load(x, i) > T.float32(0)), T.Then():
+        store(y, load(x, i), i)
+
+
+def loop_on_data(x, y, i):
+    with T.serial(T.Cast("int32", load(x, i))) as j:
+        store(y, splat(0.0, 1), j)
+
+
+def bound_data(x, y, i):
+    place = T.bind(T.Cast("int32", load(x, i)))
+    store(y, splat(0.0, 1), place % 10)
+
+
+@pytest.mark.parametrize(
+    ("body", "buffer", "found"),
+    [
+        (lambda x, y, i: store(y, load(x, i + 1), i), "x", "reaches 1 … 10"),
+        (lambda x, y, i: store(y, load(x, i), i - 1), "y", "reaches -1 … 8"),
+        (lambda x, y, i: store(y, load(x, i), 2 * i), "y", "reaches 0 … 18"),
+        (lambda x, y, i: store(y, load(x, i, lanes=2), 0), "x", "reaches 1 … 10"),
+        (lambda x, y, i: store(y, splat(0.0, 4), i), "y", "reaches 3 … 12"),
+        (lambda x, y, i: store(y, load(x, 10), i), "x", "reaches 10, outside of 0 … 9"),
+        (lambda x, y, i: store(local(4), load(x, i), i), "(local)", "reaches 0 … 9"),
+        (
+            lambda x, y, i: store(y, load(x, T.Cast("int32", load(x, i))), i),
+            "x",
+            "index depends on data",
+        ),
+        (bound_data, "y", "index depends on data"),
+        (branch_on_data, "condition", "control flow depends on data"),
+        (loop_on_data, "loop", "control flow depends on data"),
+        (
+            lambda x, y, i: store(y, T.exp(load(x, i)), i),
+            "tirx.exp",
+            "call is not one that computes a value",
+        ),
+        (
+            lambda x, y, i: T.evaluate(T.call_extern("int32", "puts", x.data)),
+            "tirx.call_extern",
+            "call is not one that computes a value",
+        ),
+        (
+            lambda x, y, i: T.evaluate(T.address_of(x[20])),
+            "tirx.address_of",
+            "call is not one that computes a value",
+        ),
+    ],
+)
+def test_access_that_is_not_shown_inside_is_refused_by_name(body, buffer, found):
+    with pytest.raises(BoundsError, match=r"kernel wild") as refused:
+        prove(kernel(body), "wild")
+    assert refused.value.kernel == "wild"
+    assert refused.value.buffer == buffer
+    assert found in refused.value.range
+
+
+def test_both_values_of_a_select_are_checked():
+    def body(x, y, i):
+        store(y, T.Select(i < 9, load(x, i + 1), load(x, i)), i)
+
+    with pytest.raises(BoundsError, match=r"x.*reaches 1 … 10"):
+        prove(kernel(body), "wild")
+
+
+def test_loop_condition_is_used():
+    def body(x, y, i):
+        with T.If(i < 9), T.Then():
+            store(y, load(x, i + 1), i)
+
+    prove(kernel(body))
+
+
+def test_parameter_with_strides_is_refused():
+    from tvm.script.ir_builder import IRBuilder
+
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name("wild")
+        x = T.arg("x", T.Buffer((3, 4), "float32", strides=(8, 1)))
+        T.buffer_store(x, T.float32(0), [0, 0])
+    with pytest.raises(BoundsError, match="strides"):
+        prove(builder.get(), "wild")
