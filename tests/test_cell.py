@@ -443,7 +443,7 @@ def test_no_file_is_inherited(image: Path) -> None:
 
 
 TRACE = """
-import ctypes, socket, subprocess, sys
+import ctypes, os, socket, subprocess, sys
 libc = ctypes.CDLL(None, use_errno=True)
 def attach(pid):
     if libc.ptrace(16, pid, None, None) == 0:
@@ -462,7 +462,7 @@ def memory(pid):
         return f"errno {error.errno}"
 print(attach(plain.pid), memory(plain.pid), attach(cell.pid), memory(cell.pid), sep=",")
 for child in (plain, cell):
-    child.kill()
+    os.kill(child.pid, 9)  # not child.kill(), which takes a traced and stopped child for a dead one
 """
 
 
@@ -482,6 +482,7 @@ def test_nobody_traces_a_cell(image: Path) -> None:
             check=False,
             user=user,
             cwd="/",
+            timeout=WAIT,
         )
     assert done.returncode == 0, done.stderr
     plain_trace, plain_memory, cell_trace, cell_memory = done.stdout.strip().split(",")
