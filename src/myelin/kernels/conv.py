@@ -41,37 +41,27 @@ from typing import Any, Literal
 from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
+from myelin.kernels.gram import gram_cost, gram_kappa, gram_norm
 from myelin.kernels.tiles import Segment, Tile, channel_groups, grid, segments, steps, widen
 from myelin.kernels.tir import Kernel, gamma, load, local, select, serial, splat, store, vectors
-from myelin.kernels.window import Window
+from myelin.kernels.window import Conv
 
-_UNIT = 2.0**-24  # rounding unit of float32
+__all__ = [
+    "Conv",
+    "backward_data",
+    "choose",
+    "forward",
+    "gram_kappa",
+    "gram_norm",
+    "pad",
+    "stored_bias",
+    "stored_gradient",
+    "stored_norm_inflation",
+    "weighted_gradient",
+    "weighted_gradient_additions",
+]
+
 _TINY = 2.0**-126  # the smallest normal float32: what flushing to zero can take from one term
-_CHUNKS = 8  # parts of a batch that have a scratch of their own in `gram_norm`
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conv(Window):
-    """A convolution of n images: h × w × ci → oh × ow × co, kernel kh × kw."""
-
-    ci: int
-    co: int
-
-    def __post_init__(self) -> None:
-        """Raises `ValueError` for sizes that leave no output."""
-        super().__post_init__()
-        if min(self.ci, self.co) < 1:
-            raise ValueError(f"a convolution needs at least one channel: {self}")
-
-    @property
-    def taps(self) -> int:
-        """Products summed for one output number: kh · kw · ci."""
-        return self.kh * self.kw * self.ci
-
-    @property
-    def weights(self) -> int:
-        """Numbers in the weight."""
-        return self.taps * self.co
 
 
 def choose(conv: Conv) -> Literal["stored", "gram"]:
@@ -84,8 +74,7 @@ def choose(conv: Conv) -> Literal["stored", "gram"]:
     stored number and reading it back takes as long as 24 of them (measured, AVX-512).
     """
     stored = 24 * conv.weights
-    gram = conv.pixels**2 * (conv.taps + conv.co) // 2
-    return "stored" if stored <= gram else "gram"
+    return "stored" if stored <= gram_cost(conv) else "gram"
 
 
 def stored_norm_inflation(conv: Conv) -> float:
@@ -96,17 +85,6 @@ def stored_norm_inflation(conv: Conv) -> float:
     """
     del conv  # the same for all
     return gamma(_MOST_ROWS + 2)
-
-
-def gram_kappa(conv: Conv) -> float:
-    """κ of ‖g‖² ≤ s + κ·t, where g is the gradient that `weighted_gradient` adds.
-
-    Gram entries are float32 dot products of length k, off by at most γ_k·|a||b|; their products are
-    summed in float64. The gradient itself is off by at most γ_pixels·√t.
-    """
-    patch, adjoint, own = gamma(conv.taps), gamma(conv.co), gamma(conv.pixels + 1)
-    gram = patch + adjoint + patch * adjoint + 4 * _UNIT
-    return gram + 2 * own * (1 + gram) + own * own
 
 
 def weighted_gradient_additions(conv: Conv) -> int:
@@ -291,93 +269,6 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
                     for at, lanes in _weight_vectors(conv, *own):
                         run_sum = load(scratch, at, lanes=lanes)
                         store(g, load(g, at, lanes=lanes) + run_sum, at)
-    return kernel.function
-
-
-def gram_norm(cpu: Cpu, conv: Conv) -> Any:
-    """xp[n,hp,wp,ci], d[n,oh,ow,co], scratch → s[n], t[n]: ‖g_i‖² without forming g_i.
-
-    s = Σ_pq ⟨x_p, x_q⟩⟨d_p, d_q⟩ over pairs of output pixels, t = (Σ_p |x_p||d_p|)²
-    (`gram_kappa`), with a floor that covers numbers flushed to zero. Both products are symmetric:
-    only pairs p ≤ q are formed. Scratch holds, for each chunk of the batch, unfolded patches and
-    adjoint with the pixels last, [taps + co, pixels rounded up].
-    """
-    widths = (cpu.lanes,) * (2 if conv.pixels > cpu.lanes else 1)
-    wide = sum(widths)
-    length = -(-conv.pixels // wide) * wide
-    chunks = min(conv.n, _CHUNKS)
-    each, left = divmod(conv.n, chunks)
-    shapes = {"scratch": (chunks, conv.taps + conv.co, length), "s": (conv.n,), "t": (conv.n,)}
-    patches, adjoints = (0, conv.taps), (conv.taps, conv.co)
-
-    with Kernel(xp=_padded(conv), d=_output(conv), **shapes) as kernel:
-        xp, d, scratch, s, t = kernel.buffers
-
-        def unfold(chunk: Any, i: Any) -> None:
-            for h, v in grid(conv.oh, conv.ow):
-                p = h * conv.ow + v
-                for kh, kw, ci in grid(conv.kh, conv.kw, conv.ci):
-                    k = (kh * conv.kw + kw) * conv.ci + ci
-                    value = load(xp, i, h * conv.stride[0] + kh, v * conv.stride[1] + kw, ci)
-                    store(scratch, value, chunk, k, p)
-                for (co,) in grid(conv.co):
-                    store(scratch, load(d, i, h, v, co), chunk, conv.taps + co, p)
-
-        def norms(chunk: Any, part: tuple[int, int], pixel: Any) -> Any:
-            """Norms of the vectors of `lanes` pixels, floored."""
-            total = Tile(1, (cpu.lanes,), "float64")
-            for (k,) in steps(part[1]):
-                value = load(scratch, chunk, part[0] + k, pixel, lanes=cpu.lanes)
-                total.add(0, 0, widen(value, cpu.lanes) * widen(value, cpu.lanes))
-            floor = 2 * part[1] * _TINY / gram_kappa(conv)
-            return T.sqrt(total.get(0, 0) + splat(T.FloatImm("float64", floor), cpu.lanes))
-
-        def gram(chunk: Any, part: tuple[int, int], rows: list[Any], q: Any) -> Tile:
-            """Products of the vectors at pixels `rows` with those at the pixels from q on."""
-            tile = Tile(len(rows), widths)
-            for (k,) in steps(part[1]):
-                at = part[0] + k
-                tile.add_outer(
-                    [load(scratch, chunk, at, p) for p in rows],
-                    [load(scratch, chunk, at, q + o, lanes=n) for o, n in tile.vectors()],
-                )
-            return tile
-
-        def example(chunk: Any, i: Any) -> None:
-            unfold(chunk, i)
-            reach = Tile(1, (cpu.lanes,), "float64")
-            with serial(length // cpu.lanes) as block:
-                pixel = block * cpu.lanes
-                reach.add(0, 0, norms(chunk, patches, pixel) * norms(chunk, adjoints, pixel))
-            total = Tile(1, widths, "float64")
-            for segment in segments(conv.pixels, _rows(cpu, len(widths))):
-                for block, column in grid(segment.count, length // wide):
-                    first, q = segment.at(block), column * wide
-                    with T.If(q + wide > first), T.Then():
-                        rows = [first + r for r in range(segment.size)]
-                        x = gram(chunk, patches, rows, q)
-                        y = gram(chunk, adjoints, rows, q)
-                        for row, vector, offset, lanes in x.cells():
-                            here, there = splat(rows[row], lanes), T.Ramp(q + offset, 1, lanes)
-                            double = x.get(row, vector) + x.get(row, vector)
-                            pair = select(there == here, x.get(row, vector), double)
-                            upper = select(there < here, splat(0.0, lanes), pair)
-                            own = widen(y.get(row, vector), lanes)
-                            total.add(0, vector, widen(upper, lanes) * own)
-            store(s, T.Cast("float32", total.sum()), i)
-            root = reach.sum()
-            up = T.FloatImm("float64", 1 + 4 * _UNIT)
-            store(t, T.Cast("float32", root * root * up), i)
-
-        with T.parallel(chunks) as chunk:
-            # Columns past the last pixel stay zero: they pair to nothing.
-            for k, p in grid(conv.taps + conv.co, length - conv.pixels):
-                store(scratch, splat(0.0, 1), chunk, k, conv.pixels + p)
-            with serial(each) as i:
-                example(chunk, chunk * each + i)
-        if left:
-            with T.parallel(left) as chunk:
-                example(chunk, conv.n - left + chunk)
     return kernel.function
 
 

@@ -46,3 +46,27 @@ class Window:
     def pixels(self) -> int:
         """Pixels of one output image."""
         return self.oh * self.ow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conv(Window):
+    """A convolution of n images: h × w × ci → oh × ow × co, kernel kh × kw."""
+
+    ci: int
+    co: int
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for sizes that leave no output."""
+        super().__post_init__()
+        if min(self.ci, self.co) < 1:
+            raise ValueError(f"a convolution needs at least one channel: {self}")
+
+    @property
+    def taps(self) -> int:
+        """Products summed for one output number: kh · kw · ci."""
+        return self.kh * self.kw * self.ci
+
+    @property
+    def weights(self) -> int:
+        """Numbers in the weight."""
+        return self.taps * self.co
