@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := src/myelin/native
 LEVELS := x86-64-v3 x86-64-v4
-RUST := $(shell find enclave cell -name '*.rs' -o -name '*.toml' -o -name '*.lock' -o -name '*.sh' -o -name '*.ld' 2>/dev/null | grep -v /target/)
+RUST := $(shell find enclave cell -name '*.rs' -o -name '*.toml' -o -name '*.lock' -o -name '*.sh' -o -name '*.ld' -o -name '*.s' 2>/dev/null | grep -v /target/)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench size wheel docs clean vectors

@@ -121,3 +121,5 @@ _leave:                                         // edi = code, rbx = &SLOTS[i]
         ja      5b
         xor     esi, esi
         ret
+.global _gate_end
+_gate_end:

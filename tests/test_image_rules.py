@@ -1,0 +1,235 @@
+"""What a linked image may hold, read from its bytes and its disassembly, for every CPU level."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+from myelin.native import native_file
+
+SOURCES = Path(__file__).parent / "gate"
+LEVELS = ("x86-64-v3", "x86-64-v4")
+BASE, MAILBOX = 0x4000_0000, 0x10_0000_0000
+STACK, GUARD, HEAP = 0x4_0000, 0x1_0000, 1 << 20
+READ, WRITE, EXECUTE, LOAD = 4, 2, 1, 1
+# Ways out of ring 3, and instructions that a host could answer falsely or that SGX forbids.
+FORBIDDEN = re.compile(
+    r"syscall|sysenter|sysexit|sysret|int|into|cpuid|rdtscp?|rdpmc|xgetbv|xsetbv|wrpkru|rdpkru"
+    r"|in|ins|insb|insl|outs|outsb|outsl|hlt|cli|sti|vmcall|vmmcall|rdfsbase|wrfsbase|wrgsbase"
+)
+GATE_ONLY = re.compile(r"out|enclu|iretq?")
+AVX512 = re.compile(r"%zmm|%k[0-7]\b|%[xy]mm(1[6-9]|2\d|3[01])")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    name: str
+    operands: str
+
+
+@dataclass(frozen=True)
+class Image:
+    """A linked image with its symbols kept."""
+
+    path: Path
+    level: str
+
+    @cached_property
+    def segments(self) -> list[tuple[int, ...]]:
+        """Program headers: type, flags, offset, address, physical, file size, memory size."""
+        elf = self.path.read_bytes()
+        start, size, count = struct.unpack_from("<Q14xHH", elf, 32)
+        return [struct.unpack_from("<IIQQQQQ", elf, start + i * size) for i in range(count)]
+
+    @cached_property
+    def symbols(self) -> dict[str, int]:
+        names = subprocess.check_output(["nm", self.path], text=True).splitlines()
+        rows = [line.split() for line in names]
+        return {row[2]: int(row[0], 16) for row in rows if len(row) == 3}
+
+    @cached_property
+    def functions(self) -> dict[str, list[Instruction]]:
+        command = ["objdump", "-d", "--no-show-raw-insn", "-M", "att", self.path]
+        found: dict[str, list[Instruction]] = {}
+        body: list[Instruction] = []
+        for line in subprocess.check_output(command, text=True).splitlines():
+            if head := re.fullmatch(r"[0-9a-f]+ <(.+)>:", line):
+                body = found.setdefault(head[1], [])
+            elif row := re.match(r"\s*([0-9a-f]+):\t(.*)", line):
+                words = row[2].split()
+                # Prefixes stand before the mnemonic.
+                while len(words) > 1 and words[0] in {"rep", "repz", "repnz", "lock", "notrack"}:
+                    words = words[1:]
+                name = words[0] if words else ""
+                body.append(Instruction(int(row[1], 16), name, " ".join(words[1:])))
+        return found
+
+    def read(self, symbol: str, end: str) -> bytes:
+        """What the file holds between two symbols."""
+        start, stop = self.symbols[symbol], self.symbols[end]
+        for _, _, offset, address, _, size, _ in self.segments:
+            if address <= start <= stop <= address + size:
+                content = self.path.read_bytes()[offset:]
+                return content[start - address : stop - address]
+        raise AssertionError(f"{symbol} is in no segment of the file")
+
+
+def link(folder: Path, level: str, *, slots: int = 2) -> Path:
+    """Links an image of two C kernels by the template, symbols kept."""
+    for tool in ("cc", "objdump", "nm"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is needed to look into an image; install a C toolchain")
+    script = native_file("image.ld").read_text()
+    number = range(slots)
+    for word, text in {
+        "KERNELS": "QUAD(first) QUAD(second)",
+        "STACK_HEADERS": " ".join(f"stack{i} PT_LOAD FLAGS(6);" for i in number),
+        "STACK_TOPS": " ".join(f"QUAD(__stack{i}_top)" for i in number),
+        "STACKS": " ".join(
+            f". += {GUARD}; .stack{i} (NOLOAD) : {{ . += {STACK}; __stack{i}_top = .; }} :stack{i}"
+            for i in number
+        ),
+        "HEAP": str(HEAP),
+    }.items():
+        script = script.replace(f"@{word}@", text)
+    (folder / "image.ld").write_text(script)
+    (folder / "description.cbor").write_bytes(b"not a description")
+    shutil.copy(native_file(f"libmyelin_enclave-{level}.a"), folder / "libmyelin_enclave.a")
+    compiler = ["cc", "-c", "-O2", "-fno-pic", "-fcf-protection=none", "-o", "kernels.o"]
+    subprocess.run([*compiler, SOURCES / "kernels.c"], cwd=folder, check=True)
+    linker = [sys.executable, "-m", "ziglang", "ld.lld", "-T", "image.ld", "--static", "--no-pie"]
+    linker += ["-z", "noexecstack", "-z", "max-page-size=4096", "--gc-sections", "--build-id=none"]
+    linker += ["--fatal-warnings", "--no-undefined", "-o", "image.elf", "kernels.o"]
+    linker += ["libmyelin_enclave.a", "--format=binary", "description.cbor"]
+    subprocess.run(linker, cwd=folder, check=True)
+    return folder / "image.elf"
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Image:
+    return Image(link(tmp_path_factory.mktemp("image"), request.param), request.param)
+
+
+def test_segments_are_static_apart_and_never_writable_and_executable(image: Image) -> None:
+    loads = [row for row in image.segments if row[0] == LOAD]
+    assert loads == image.segments, "nothing dynamic: load segments only"
+    assert [flags for _, flags, *_ in loads[:3]] == [READ | EXECUTE, READ, READ | WRITE]
+    assert all(flags == READ | WRITE for _, flags, *_ in loads[2:])
+    assert loads[0][3] == BASE
+    ends = [row[3] + row[6] for row in loads]
+    assert all(end <= following[3] for end, following in zip(ends, loads[1:], strict=False)), (
+        "segments overlap"
+    )
+    stacks = loads[3:-1]
+    assert [row[6] for row in stacks] == [STACK] * 2
+    assert all(row[3] - end >= GUARD for row, end in zip(stacks, ends[2:], strict=False))
+    heap = loads[-1]
+    assert (heap[5], heap[6], heap[3] % (2 << 20)) == (0, HEAP, 0)
+    assert heap[3] - ends[-2] >= GUARD
+    assert ends[-1] <= MAILBOX
+
+
+def test_the_gate_comes_first(image: Image) -> None:
+    names = ("_enter", "_enter_kvm", "_enter_sgx")
+    assert [image.symbols[name] - BASE for name in names] == [0, 0x10, 0x20]
+    assert struct.unpack_from("<Q", image.path.read_bytes(), 24) == (BASE,)
+
+
+def test_tables_hold_what_the_script_says(image: Image) -> None:
+    symbols = image.symbols
+    assert struct.unpack("<2Q", image.read("__kernels", "__kernels_end")) == (
+        symbols["first"],
+        symbols["second"],
+    )
+    tops = struct.unpack("<2Q", image.read("__stack_tops", "__stack_tops_end"))
+    assert tops == (symbols["__stack0_top"], symbols["__stack1_top"])
+    heap = struct.unpack_from("<2Q", image.read("__heap", "__description"))
+    assert heap == (symbols["__heap_start"], symbols["__heap_end"])
+    assert image.read("__description", "__description_end") == b"not a description"
+
+
+def test_the_kernels_cells_are_filled_and_read_only(image: Image) -> None:
+    read_only = next(row for row in image.segments if row[1] == READ)
+    for cell in ("ParallelLaunch", "AllocWorkspace", "FreeWorkspace"):
+        address = image.symbols[f"__TVMBackend{cell}"]
+        assert read_only[3] <= address < read_only[3] + read_only[6], cell
+
+
+def test_no_instruction_asks_the_system_or_the_processor(image: Image) -> None:
+    end = image.symbols["_gate_end"]
+    everything = [row for body in image.functions.values() for row in body]
+    assert len(everything) > 10_000
+    assert not [row for row in everything if FORBIDDEN.fullmatch(row.name)]
+    assert not [row for row in everything if "(bad)" in row.name]
+    outside = [row for row in everything if row.address >= end]
+    assert not [row for row in outside if GATE_ONLY.fullmatch(row.name)]
+    gate = {row.name for row in everything if row.address < end}
+    assert {"out", "enclu", "xchg"} <= gate, "the check above sees what the gate holds"
+    # No thread-local storage: the segment registers are the host's.
+    assert not [row for row in everything if "%fs:" in row.operands or "%gs:" in row.operands]
+
+
+def test_the_disassembly_shows_what_is_forbidden(tmp_path: Path) -> None:
+    bad = ("syscall", "sysenter", "int $0x80", "cpuid", "rdtsc", "rdtscp", "xgetbv", "wrpkru")
+    source = "\n".join(
+        (".text", ".global bad", "bad:", *bad, "rep insb", "vpxorq %zmm1,%zmm1,%zmm1")
+    )
+    (tmp_path / "bad.s").write_text(source + "\n")
+    subprocess.run(["cc", "-c", "bad.s", "-o", "bad.o"], cwd=tmp_path, check=True)
+    (body,) = Image(tmp_path / "bad.o", "none").functions.values()
+    assert [bool(FORBIDDEN.fullmatch(row.name)) for row in body] == [True] * 9 + [False]
+    assert AVX512.search(body[-1].operands)
+
+
+def test_avx512_is_used_at_its_level_only(image: Image) -> None:
+    users = [
+        row for body in image.functions.values() for row in body if AVX512.search(row.operands)
+    ]
+    assert bool(users) == (image.level == "x86-64-v4"), users[:3]
+
+
+def test_the_deepest_chain_of_calls_leaves_stack_to_spare(image: Image) -> None:
+    """Frames summed along direct calls, from the first function on a slot's stack.
+
+    Calls through pointers are kernels and tasks of loops, whose frames are below the guard's size.
+    """
+    frames: dict[str, int] = {}
+    calls: dict[str, set[str]] = defaultdict(set)
+    for name, body in image.functions.items():
+        size = probed = 0
+        for row in body:
+            if row.name.startswith("push"):
+                size += 8
+            elif took := re.fullmatch(r"\$0x([0-9a-f]+),%(rsp|r11)", row.operands):
+                # A probed frame: r11 holds its end, and a loop of pages comes before the rest.
+                if row.name.startswith("sub") and not (probed and took[2] == "rsp"):
+                    size += int(took[1], 16)
+                probed = took[2] == "r11"
+            elif row.name.startswith(("call", "j")) and (
+                goal := re.match(r"[0-9a-f]+ <([^>+]+)>", row.operands)
+            ):
+                calls[name] |= {goal[1]} - {name}
+        frames[name] = size + 8
+    assert max(frames.values()) > 8192, "frames were read"
+
+    known: dict[str, int] = {}
+
+    def depth(name: str, path: tuple[str, ...] = ()) -> int:
+        assert name not in path, f"recursion: {' > '.join((*path, name))}"
+        if name not in known:
+            below = [depth(callee, (*path, name)) for callee in calls[name] if callee in frames]
+            known[name] = frames[name] + max(below, default=0)
+        return known[name]
+
+    (run,) = (name for name in frames if "entry3run" in name)
+    assert depth(run) < STACK - 0x6000
