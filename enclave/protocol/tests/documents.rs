@@ -24,6 +24,7 @@ fn job(clients: &[Client]) -> JobOf<'_> {
         sends: vec![("records", 0, 10), ("test", 1, 5)],
         receives: vec![("score", None), ("weights", Some(1))],
         steps: 10,
+        epsilon: 2_000_000,
         max_batch: 8,
         sample_rate: 1 << 30,
         max_grad_norm: 1_000_000,

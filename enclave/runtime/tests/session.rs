@@ -80,6 +80,7 @@ impl Host {
             sends: vec![("records", 0, 8), ("records", 1, 16), ("test", 2, 8)],
             receives: vec![("score", None), ("weights", Some(3))],
             steps: 20,
+            epsilon: 2_000_000,
             max_batch: 16,
             sample_rate: ALL,
             max_grad_norm: 1_000_000,
@@ -679,7 +680,7 @@ fn jobs_must_fit_the_image() {
 fn damaged_descriptions_run_nothing_outside_the_arena() {
     let shape = Shape::SMALL;
     let (mut refusals, mut runs) = (0, 0);
-    for (i, changed) in damaged(&shape.description()).enumerate() {
+    for (i, changed) in damaged(&shape.description()).step_by(5).enumerate() {
         let mut host = Host::on(Fake::with(changed, shape.heap(), 3), shape, |_| ());
         host.control.borrow_mut().idle = true;
         let job = host.job.clone();
@@ -694,7 +695,7 @@ fn damaged_descriptions_run_nothing_outside_the_arena() {
             }
         }
     }
-    assert!(refusals > 1_000 && runs > 100, "{refusals} refused, {runs} ran");
+    assert!(refusals > 500 && runs > 30, "{refusals} refused, {runs} ran");
 }
 
 #[test]
@@ -753,9 +754,13 @@ fn a_session_fits_its_stack() {
 /// so that the weights depend on nothing but the generator. `MYELIN_WRITE_VECTORS=1` writes it anew.
 #[test]
 fn the_vectors_are_current() {
-    let mut host = Host::new(Shape::SMALL, |job| job.noise_multiplier = 1_000_000).loaded();
+    let mut host = Host::new(Shape::SMALL, |job| {
+        (job.steps, job.noise_multiplier, job.max_batch) = (3, 20_000_000, 24);
+        job.epsilon = 291_300; // what dp-accounting says, rounded up
+    })
+    .loaded();
     host.control.borrow_mut().zero_gradients = true;
-    host.train(3, ALL, 1_000_000).unwrap();
+    host.train(3, ALL, 20_000_000).unwrap();
     let receipt = host.call(FINISH, &[]).unwrap();
     let nonce: [u8; 32] = Sha256::digest(&receipt).into();
     let evidence = host.call(ATTEST, &[&nonce]).unwrap();

@@ -88,6 +88,7 @@ pub struct JobOf<'a> {
     pub sends: Vec<(&'a str, u64, u64)>,
     pub receives: Vec<(&'a str, Option<u64>)>,
     pub steps: u64,
+    pub epsilon: u64,
     pub max_batch: u64,
     pub sample_rate: u64,
     pub max_grad_norm: u64,
@@ -114,7 +115,7 @@ impl JobOf<'_> {
                 w.str("sign")?.bytes(&party.sign.public().unwrap())?;
             }
             w.str("privacy")?.map(10)?.str("delta")?.u64(10_000_000)?;
-            w.str("steps")?.u64(self.steps)?.str("epsilon")?.u64(2_000_000)?;
+            w.str("steps")?.u64(self.steps)?.str("epsilon")?.u64(self.epsilon)?;
             w.str("sampler")?.str("poisson")?.str("max_batch")?.u64(self.max_batch)?;
             w.str("sample_rate")?.u64(self.sample_rate)?;
             w.str("max_grad_norm")?.u64(self.max_grad_norm)?;
