@@ -134,7 +134,7 @@ class Privacy:
         steps: int,
         records: int,
     ) -> Privacy:
-        """Find the least noise, within one part in a thousand, that keeps `epsilon`.
+        """Find the least noise, within about one part in a thousand, that keeps `epsilon`.
 
         Raises `PrivacyRefused` when no noise multiplier below a million does.
         """
@@ -151,24 +151,30 @@ class Privacy:
                 delta=delta,
             )
 
+        # Searching on a coarser grid is quick, and pessimistic; the end is checked on the fine one.
+        coarse = min(max(epsilon / 2000, _INTERVAL), 10 * _INTERVAL)
+
         def enough(noise: float) -> bool:
             try:
-                return at(noise).epsilon <= epsilon
+                return _compose((at(noise),), delta, coarse) <= epsilon
             except PrivacyRefused:
                 return False
 
-        high = 1.0
+        low, high = 0.5, 1.0
         while not enough(high):
-            high *= 2
+            low, high = high, high * 2
             if high > 1e6:
                 raise PrivacyRefused(
                     f"no noise reaches epsilon {epsilon} at delta {delta} in {steps} steps; "
                     "lower sample_rate or steps, or ask for more epsilon"
                 )
-        low = high / 2 if high > 1 else 0.01
+        while low > 1e-3 and enough(low):
+            low, high = low / 2, low
         while high / low > 1.001:
             middle = math.sqrt(low * high)
             low, high = (low, middle) if enough(middle) else (middle, high)
+        while at(high).epsilon > epsilon:
+            high *= 1.0005
         return at(high)
 
     @cached_property
@@ -255,16 +261,16 @@ def compose(jobs: Iterable[Privacy], delta: float) -> float:
 
     Raises `PrivacyRefused` where the charges alone use up `delta`.
     """
-    return _compose(tuple(jobs), delta)
+    return _compose(tuple(jobs), delta, _INTERVAL)
 
 
 @lru_cache(maxsize=256)
-def _compose(jobs: tuple[Privacy, ...], delta: float) -> float:
+def _compose(jobs: tuple[Privacy, ...], delta: float, interval: float) -> float:
     if not jobs:
         return 0.0
     accountant = pld.PLDAccountant(
         dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
-        value_discretization_interval=_INTERVAL,
+        value_discretization_interval=interval,
     )
     steps_of: Counter[tuple[float, float]] = Counter()
     for job in jobs:
