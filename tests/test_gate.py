@@ -29,7 +29,17 @@ def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def attempt(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Try:
     """Runs one trial in a process of its own; gives the lines it prints."""
     harness = tmp_path_factory.mktemp("harness") / "harness"
-    command = ["cc", "-O1", "-mavx2", "-Wall", "-Werror", "-o", harness, SOURCES / "harness.c"]
+    command = [
+        "cc",
+        "-O1",
+        "-mavx2",
+        "-Wall",
+        "-Werror",
+        "-pthread",
+        "-o",
+        harness,
+        SOURCES / "harness.c",
+    ]
     subprocess.run(command, check=True)
 
     def run(trial: str, *symbols: str) -> list[str]:
@@ -71,6 +81,17 @@ def test_registers_are_cleared_on_the_way_out(attempt: Try) -> None:
     code, general, vectors, mxcsr = attempt("registers")[0].split()
     assert (code, general, vectors) == (f"{DONE}", "0", "0")
     assert mxcsr == "1f80", "the ABI's default, no exception flags"
+
+
+def test_every_task_of_a_loop_runs_once_on_two_threads(attempt: Try) -> None:
+    cells = ("__TVMBackendParallelLaunch", "__TVMBackendAllocWorkspace")
+    counts, rest = attempt("loops", "mailbox6handle", *cells)
+    assert counts == f"{DONE} 50000 0 1", "code, loops, tasks not run once, the worker helped"
+    nested, refused, memory, mxcsr = rest.split()
+    assert nested == "0", "a loop inside a task is refused, the outer one goes on"
+    assert refused == "1", "a failed task, a negative number of tasks, too many"
+    assert memory == "0", "no workspace before the session hands them out"
+    assert int(mxcsr, 16) & ~0x3F == 0x9FC0, "subnormals flushed, exceptions masked"
 
 
 def test_a_panic_ends_the_enclave_for_ever(attempt: Try) -> None:

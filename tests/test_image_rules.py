@@ -233,3 +233,19 @@ def test_the_deepest_chain_of_calls_leaves_stack_to_spare(image: Image) -> None:
 
     (run,) = (name for name in frames if "entry3run" in name)
     assert depth(run) < STACK - 0x6000
+
+
+@pytest.mark.slow
+def test_the_runtime_is_the_same_in_any_folder(tmp_path: Path) -> None:
+    if shutil.which("cargo") is None:
+        pytest.skip("cargo is needed to build the runtime")
+    built = []
+    for name in ("one", "another folder"):
+        folder = tmp_path / name / "enclave"
+        ignore = shutil.ignore_patterns("target")
+        shutil.copytree(Path(__file__).parents[1] / "enclave", folder, ignore=ignore)
+        shutil.copy(Path(__file__).parents[1] / "rust-toolchain.toml", folder)
+        subprocess.run([folder / "build.sh", LEVELS[0], tmp_path / name / "out"], check=True)
+        built.append((tmp_path / name / "out" / "libmyelin_enclave.a").read_bytes())
+    assert built[0] == built[1]
+    assert str(tmp_path).encode() not in built[0]

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <elf.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -71,6 +72,60 @@ static void print_reply(void) {
            length > 4 && length < 64 ? (int)length - 4 : 0, mailbox + BODY + 4);
 }
 
+// Below runs inside: `drive` stands in the place of the code that handles a request, on slot 0's stack.
+struct environment { void *sync; int32_t tasks; };
+typedef int (*task)(int, struct environment *, void *);
+static struct {
+    int (*launch)(task, void *, int);
+    void *(*allocate)(int, int, uint64_t, int, int);
+    int32_t taken[0x10000];
+    pthread_t main;
+    uint64_t wrong, helped, loops, nested, refused, memory;
+    uint32_t mxcsr;
+} inside;
+
+static int count_task(int number, struct environment *environment, void *tasks) {
+    if (environment->tasks != *(int *)tasks) inside.wrong++;
+    inside.helped += !pthread_equal(pthread_self(), inside.main);
+    inside.taken[number]++; // no atomic: two threads with one task would show
+    return 0;
+}
+static int fail_last(int number, struct environment *environment, void *data) {
+    return number == environment->tasks - 1 ? -1 : 0;
+}
+static int nest(int number, struct environment *environment, void *data) {
+    return inside.launch(fail_last, data, 1) == -1 ? 0 : -1;
+}
+static uint64_t drive(void) {
+    __asm__ volatile("stmxcsr %0" : "=m"(inside.mxcsr));
+    inside.main = pthread_self();
+    uint32_t random = 1;
+    for (int loop = 0; loop < 50000; loop++) {
+        random = random * 1664525 + 1013904223;
+        int tasks = 1 + (random >> 16) % (loop % 100 ? 40 : 0xffff);
+        for (int i = 0; i < tasks; i++) inside.taken[i] = 0;
+        if (inside.launch(count_task, &tasks, tasks)) inside.wrong++;
+        for (int i = 0; i < tasks; i++) inside.wrong += inside.taken[i] != 1;
+        inside.loops++;
+    }
+    inside.nested = inside.launch(nest, 0, 8);
+    inside.refused = inside.launch(fail_last, 0, 8) == -1 && inside.launch(count_task, 0, -1) == -1
+        && inside.launch(count_task, 0, 0x10000) == -1;
+    inside.memory = (uint64_t)inside.allocate(1, 0, 64, 2, 32);
+    return 0;
+}
+
+static volatile int ended;
+static void patch(uint64_t at, uint64_t goal) {
+    uint8_t jump[] = {0x48, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xe0}; // mov rax, goal; jmp rax
+    memcpy(jump + 2, &goal, 8);
+    memcpy((uint8_t *)at, jump, sizeof jump);
+}
+static void *work(void *entry) {
+    while (!ended) code((uint64_t)entry, 1);
+    return 0;
+}
+
 int main(int count, char **argument) {
     const char *trial = argument[2];
     uint64_t address[4] = {0};
@@ -110,12 +165,22 @@ int main(int count, char **argument) {
         printf("%lu %lx %lx %x\n", registers.general[0], general, vectors, registers.mxcsr);
     }
     if (!strcmp(trial, "panic")) { // addresses: where a request is handled, the panic handler
-        uint8_t jump[] = {0x48, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xe0};
-        memcpy(jump + 2, &address[1], 8);
-        memcpy((uint8_t *)address[0], jump, sizeof jump);
+        patch(address[0], address[1]);
         *(uint64_t *)(mailbox + 8) = 77;
         uint64_t first = code(entry, 0), again = code(entry, 0), worker = code(entry, 1);
         printf("%lu %lu %lu %lu\n", first, again, worker, *(uint64_t *)(mailbox + 8));
+    }
+    if (!strcmp(trial, "loops")) { // addresses: where a request is handled, TVM's cells
+        inside.launch = *(int (**)(task, void *, int))address[1];
+        inside.allocate = *(void *(**)(int, int, uint64_t, int, int))address[2];
+        patch(address[0], (uint64_t)drive);
+        pthread_t worker;
+        pthread_create(&worker, 0, work, (void *)entry);
+        uint64_t result = code(entry, 0);
+        ended = 1;
+        pthread_join(worker, 0);
+        printf("%lu %lu %lu %d\n", result, inside.loops, inside.wrong, inside.helped > 0);
+        printf("%ld %ld %lx %x\n", inside.nested, inside.refused, inside.memory, inside.mxcsr);
     }
     return 0;
 }
