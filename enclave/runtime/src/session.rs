@@ -198,9 +198,12 @@ impl<M: Machine> Session<M> {
         let (mut old, mut fresh) = (Zeroizing::new([0; 32]), Zeroizing::new([0; 32]));
         self.machine.entropy(&mut *fresh)?;
         secrets.generator.fill(&mut *old);
-        let hash = Sha256::new_with_prefix(b"myelin/reseed/1\0");
-        let seed = hash.chain_update(*old).chain_update(*fresh).chain_update(*granted.key);
-        let seed = Zeroizing::new(seed.finalize().into());
+        let mut seed = Zeroizing::new([0; 32]);
+        let mut hash = Sha256::new_with_prefix(b"myelin/reseed/1\0");
+        for part in [&old, &fresh, &granted.key] {
+            hash.update(part.as_slice());
+        }
+        hash.finalize_into((&mut *seed).into());
         secrets.generator = Generator::new(&seed);
         input.grant(granted);
         Ok(0)
