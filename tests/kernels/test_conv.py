@@ -2,24 +2,12 @@ import numpy as np
 import pytest
 import torch
 import tvm
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.nn import functional
 
-from myelin.cpu import LEVELS, machine_features
 from myelin.kernels import conv as kernels
-from myelin.kernels.bounds import prove
 from myelin.kernels.conv import Conv
-from myelin.kernels.object import library
-
-PRESENT = [cpu for cpu in LEVELS if not cpu.missing(machine_features())]
-CPUS = [
-    pytest.param(
-        cpu,
-        id=cpu.level,
-        marks=pytest.mark.skipif(cpu not in PRESENT, reason=f"no {cpu.level} here"),
-    )
-    for cpu in LEVELS
-]
-RNG = np.random.default_rng(7)
 
 SHAPES = {
     "mnist-1": Conv(n=3, h=28, w=28, ci=1, co=16, kh=8, kw=8, stride=(2, 2), padding=(2, 2, 2, 2)),
@@ -33,22 +21,20 @@ SHAPES = {
     "sparse": Conv(n=2, h=10, w=11, ci=5, co=7, kh=3, kw=2, stride=(4, 3), padding=(0, 1, 3, 0)),
     "bottom": Conv(n=2, h=3, w=3, ci=2, co=2, kh=2, kw=2, padding=(0, 0, 4, 4)),
 }
+every_shape = pytest.mark.parametrize("conv", SHAPES.values(), ids=SHAPES)
 
 
-def normal(*shape):
-    return RNG.standard_normal(shape).astype("f")
-
-
-def run(function, cpu, *arguments):
-    """Proves and runs a kernel; returns the arguments it has beyond these, all NaN before."""
-    prove(function)
-    shapes = [tuple(int(e) for e in p.ty.shape) for p in function.params]
-    for given_, shape in zip(arguments, shapes, strict=False):
-        assert given_.shape == shape
-    unwritten = [np.full(shape, np.nan, "f") for shape in shapes[len(arguments) :]]
-    tensors = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in [*arguments, *unwritten]]
-    library({"kernel": function}, cpu)["kernel"](*tensors)
-    return [t.numpy() for t in tensors[len(arguments) :]]
+def arrays(conv, seed=7):
+    """x within its border, w, b, d."""
+    rng = np.random.default_rng(seed)
+    shapes = [
+        (conv.n, conv.h, conv.w, conv.ci),
+        (conv.kh, conv.kw, conv.ci, conv.co),
+        (conv.co,),
+        (conv.n, conv.oh, conv.ow, conv.co),
+    ]
+    x, w, b, d = (rng.standard_normal(shape).astype("f") for shape in shapes)
+    return bordered(conv, x), w, b, d
 
 
 def bordered(conv, x):
@@ -56,85 +42,292 @@ def bordered(conv, x):
     return np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
 
 
-def patches(conv, x):
-    """float64 [n, pixels, kh*kw*ci] in the weight's order."""
-    xp = torch.from_numpy(bordered(conv, x).astype("d")).permute(0, 3, 1, 2)
-    columns = functional.unfold(xp, (conv.kh, conv.kw), stride=conv.stride)
-    n = conv.n
-    return (
-        columns.view(n, conv.ci, conv.kh * conv.kw, conv.pixels)
-        .permute(0, 3, 2, 1)
-        .reshape(n, conv.pixels, conv.taps)
-        .numpy()
+def channels_first(a):
+    return torch.from_numpy(a.astype("d")).permute(0, 3, 1, 2)
+
+
+def output_and_input_gradient(conv, xp, w, d):
+    """float64, by torch."""
+    x = channels_first(xp).requires_grad_()
+    y = functional.conv2d(
+        x, torch.from_numpy(w.astype("d")).permute(3, 2, 0, 1), stride=conv.stride
     )
+    y.backward(channels_first(d))
+    top, left = conv.padding[:2]
+    dx = x.grad[:, :, top : top + conv.h, left : left + conv.w]
+    return y.detach().permute(0, 2, 3, 1).numpy(), dx.permute(0, 2, 3, 1).numpy()
 
 
-def gradients(conv, x, d):
-    """Per-example weight gradients in float64, each by torch from a batch of one."""
+def gradients(conv, xp, d):
+    """float64 weight gradient of each example, by torch from batches of one, laid out as HWIO."""
     found = []
     for i in range(conv.n):
-        xp = torch.from_numpy(bordered(conv, x[i : i + 1]).astype("d")).permute(0, 3, 1, 2)
         w = torch.zeros(conv.co, conv.ci, conv.kh, conv.kw, dtype=torch.float64, requires_grad=True)
-        y = functional.conv2d(xp, w, stride=conv.stride)
-        y.backward(torch.from_numpy(d[i : i + 1].astype("d")).permute(0, 3, 1, 2))
+        y = functional.conv2d(channels_first(xp[i : i + 1]), w, stride=conv.stride)
+        y.backward(channels_first(d[i : i + 1]))
         found.append(w.grad.permute(2, 3, 1, 0).reshape(-1).numpy())
     return np.array(found)
 
 
-def close(value, expected, scale=None):
-    scale = np.abs(expected).max() if scale is None else scale
-    assert value.shape == expected.shape
-    assert np.abs(value - expected).max() <= 2e-6 * scale + 1e-30
+def reach(conv, xp, d):
+    """Σ_p |x_p||d_p| in float64."""
+    columns = functional.unfold(channels_first(xp), (conv.kh, conv.kw), stride=conv.stride)
+    adjoint = d.astype("d").reshape(conv.n, conv.pixels, conv.co)
+    return (columns.norm(dim=1).numpy() * np.linalg.norm(adjoint, axis=2)).sum(1)
 
 
-def check(conv, cpu):
-    x, w = normal(conv.n, conv.h, conv.w, conv.ci), normal(conv.kh, conv.kw, conv.ci, conv.co)
-    b, d = normal(conv.co), normal(conv.n, conv.oh, conv.ow, conv.co)
-    c = RNG.uniform(0, 1, conv.n).astype("f")
-    c[0] = 0
-    (xp,) = run(kernels.pad(cpu, conv), cpu, x)
-    assert np.array_equal(xp, bordered(conv, x))
+def assert_close(value, expected):
+    value = value.reshape(expected.shape)
+    assert np.abs(value - expected).max() <= 3e-6 * max(1, np.abs(expected).max())
 
-    p = patches(conv, x)
-    y = p @ w.reshape(conv.taps, conv.co).astype("d")
-    shape = (conv.n, conv.oh, conv.ow, conv.co)
-    (plain,) = run(kernels.forward(cpu, conv, bias=False), cpu, xp, w)
-    close(plain, y.reshape(shape))
-    (biased,) = run(kernels.forward(cpu, conv, bias=True), cpu, xp, w, b)
-    close(biased, (y + b).reshape(shape))
 
-    _, dx = run(kernels.backward_data(cpu, conv), cpu, d, w)
-    wanted = torch.zeros(conv.n, conv.ci, conv.h, conv.w, dtype=torch.float64, requires_grad=True)
-    top, left, bottom, right = conv.padding
-    out = functional.conv2d(
-        functional.pad(wanted, (left, right, top, bottom)),
-        torch.from_numpy(w.astype("d")).permute(3, 2, 0, 1),
-        stride=conv.stride,
-    )
-    out.backward(torch.from_numpy(d.astype("d")).permute(0, 3, 1, 2))
-    close(dx, wanted.grad.permute(0, 2, 3, 1).numpy(), scale=1 + float(wanted.grad.abs().max()))
+def check_forward(conv, cpu, call):
+    xp, w, b, d = arrays(conv)
+    y, _ = output_and_input_gradient(conv, xp, w, d)
+    assert_close(call(kernels.forward(cpu, conv, bias=False), xp, w), y)
+    assert_close(call(kernels.forward(cpu, conv, bias=True), xp, w, b), y + b)
 
-    each = gradients(conv, x, d)
-    squared = (each**2).sum(1)
-    g, s = run(kernels.stored_gradient(cpu, conv), cpu, xp, d)
-    close(g, each)
+
+def check_backward_data(conv, cpu, call):
+    xp, w, _, d = arrays(conv)
+    _, dx = call(kernels.backward_data(cpu, conv), d, w, outputs=2)
+    assert_close(dx, output_and_input_gradient(conv, xp, w, d)[1])
+
+
+def check_stored_gradient(conv, cpu, call):
+    xp, _, _, d = arrays(conv)
+    g, s = call(kernels.stored_gradient(cpu, conv), xp, d, outputs=2)
+    assert_close(g, gradients(conv, xp, d))
     exact = (g.astype("d") ** 2).sum(1)
-    bound = kernels.stored_norm_inflation(conv)
-    assert np.all(np.abs(s / exact - 1) <= bound)
-    _, s, t = run(kernels.gram_norm(cpu, conv), cpu, xp, d)
-    reach = (
-        np.linalg.norm(p, axis=2) * np.linalg.norm(d.reshape(conv.n, -1, conv.co), axis=2)
-    ).sum(1)
-    assert np.allclose(t, reach**2, rtol=1e-5)
-    assert np.all(squared <= s + kernels.gram_kappa(conv) * t)
+    assert np.all(exact <= s * (1 + kernels.stored_norm_inflation(conv)))
+    assert np.all(s <= exact * (1 + kernels.stored_norm_inflation(conv)))
+
+
+def check_gram_norm(conv, cpu, call):
+    xp, _, _, d = arrays(conv)
+    _, s, t = call(kernels.gram_norm(cpu, conv), xp, d, outputs=3)
+    squared = (gradients(conv, xp, d) ** 2).sum(1)
+    assert np.allclose(t, reach(conv, xp, d) ** 2, rtol=1e-5)
     assert np.all(np.abs(s - squared) <= kernels.gram_kappa(conv) * t)
-    _, total = run(kernels.weighted_gradient(cpu, conv), cpu, xp, d, c)
-    close(
-        total.reshape(-1), c.astype("d") @ each, scale=np.abs(each).max() + np.abs(c @ each).max()
+
+
+def check_weighted_gradient(conv, cpu, call):
+    xp, _, _, d = arrays(conv)
+    c = np.linspace(0, 1, conv.n, dtype="f")
+    _, g = call(kernels.weighted_gradient(cpu, conv), xp, d, c, outputs=2)
+    assert_close(g, c.astype("d") @ gradients(conv, xp, d))
+
+
+@every_shape
+def test_pad_puts_a_border_of_zeros_around(conv, cpu, call):
+    x = np.random.default_rng(1).standard_normal((conv.n, conv.h, conv.w, conv.ci)).astype("f")
+    assert np.array_equal(call(kernels.pad(cpu, conv), x), bordered(conv, x))
+
+
+@every_shape
+def test_forward(conv, cpu, call):
+    check_forward(conv, cpu, call)
+
+
+@every_shape
+def test_backward_data(conv, cpu, call):
+    check_backward_data(conv, cpu, call)
+
+
+@every_shape
+def test_stored_gradient(conv, cpu, call):
+    check_stored_gradient(conv, cpu, call)
+
+
+@every_shape
+def test_gram_norm(conv, cpu, call):
+    check_gram_norm(conv, cpu, call)
+
+
+@every_shape
+def test_weighted_gradient(conv, cpu, call):
+    check_weighted_gradient(conv, cpu, call)
+
+
+@st.composite
+def convs(draw):
+    size = st.integers(1, 9)
+    kh, kw = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
+    padding = draw(st.tuples(*[st.integers(0, 3)] * 4))
+    return Conv(
+        n=draw(st.integers(1, 10)),
+        h=max(draw(size), kh - padding[0] - padding[2]),
+        w=max(draw(size), kw - padding[1] - padding[3]),
+        ci=draw(st.integers(1, 20)),
+        co=draw(st.integers(1, 40)),
+        kh=kh,
+        kw=kw,
+        stride=draw(st.tuples(st.integers(1, 4), st.integers(1, 4))),
+        padding=padding,
     )
 
 
-@pytest.mark.parametrize("cpu", CPUS)
-@pytest.mark.parametrize("conv", SHAPES.values(), ids=SHAPES)
-def test_all_templates_agree_with_torch(conv, cpu):
-    check(conv, cpu)
+CHECKS = [
+    check_forward,
+    check_backward_data,
+    check_stored_gradient,
+    check_gram_norm,
+    check_weighted_gradient,
+]
+
+
+@given(conv=convs(), check=st.sampled_from(CHECKS))
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_shape(cpu, call, conv, check):
+    check(conv, cpu, call)
+
+
+@pytest.mark.parametrize(("pixels", "co"), [(25, 32), (1, 1), (7, 45)])
+def test_stored_bias(pixels, co, cpu, call):
+    d = np.random.default_rng(2).standard_normal((5, pixels, co)).astype("f")
+    g, s = call(kernels.stored_bias(cpu, 5, pixels, co), d, outputs=2)
+    assert_close(g, d.astype("d").sum(1))
+    exact = (g.astype("d") ** 2).sum(1)
+    bound = kernels.stored_norm_inflation(Conv(n=5, h=pixels, w=1, ci=1, co=co, kh=1, kw=1))
+    assert np.all(np.abs(s / exact - 1) <= bound)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_an_example_with_factor_zero_adds_nothing(poison, cpu, call):
+    conv = SHAPES["rgb"]
+    xp, _, _, d = arrays(conv)
+    spoiled_x, spoiled_d = xp.copy(), d.copy()
+    spoiled_x[0, 4, 4, 1] = poison
+    spoiled_d[0, 3, 3, 5] = poison
+    c = np.array([0, 0.5], "f")
+    kernel = kernels.weighted_gradient(cpu, conv)
+    _, g = call(kernel, spoiled_x, spoiled_d, c, outputs=2)
+    assert g.tobytes() == call(kernel, xp, d, c, outputs=2)[1].tobytes()
+
+
+@pytest.mark.parametrize("name", ["rgb", "mnist-2"])
+def test_norms_show_what_is_not_finite_and_only_there(name, cpu, call):
+    conv = SHAPES[name]
+    xp, _, _, d = arrays(conv)
+    stored, gram = kernels.stored_gradient(cpu, conv), kernels.gram_norm(cpu, conv)
+    clean = call(stored, xp, d, outputs=2)[1], call(gram, xp, d, outputs=3)[1]
+    xp[1, 4, 4, 0] = np.nan
+    spoiled = call(stored, xp, d, outputs=2)[1], call(gram, xp, d, outputs=3)[1]
+    for before, after in zip(clean, spoiled, strict=True):
+        assert np.isfinite(before).all()
+        assert np.isnan(after[1])
+        assert np.array_equal(np.delete(before, 1), np.delete(after, 1))
+
+
+def cancelling(conv, seed):
+    """Equal patches with adjoints that sum to almost nothing: the gradient is all rounding."""
+    rng = np.random.default_rng(seed)
+    xp = np.broadcast_to(rng.standard_normal(conv.ci), (conv.n, conv.hp, conv.wp, conv.ci)).astype(
+        "f"
+    )
+    d = rng.standard_normal((conv.n, conv.oh, conv.ow, conv.co))
+    d -= d.mean(axis=(1, 2), keepdims=True)
+    d += 1e-6 * rng.standard_normal(d.shape)
+    return np.ascontiguousarray(xp), d.astype("f")
+
+
+def own_gradients(conv, cpu, call, xp, d):
+    """What each example really adds in `weighted_gradient`."""
+    kernel = kernels.weighted_gradient(cpu, conv)
+    each = np.eye(conv.n, dtype="f")
+    return np.array([call(kernel, xp, d, c, outputs=2)[1] for c in each], "d")
+
+
+def assert_bounded(conv, cpu, call, xp, d):
+    _, s, t = call(kernels.gram_norm(cpu, conv), xp, d, outputs=3)
+    bound = s.astype("d") + kernels.gram_kappa(conv) * t.astype("d")
+    real = (own_gradients(conv, cpu, call, xp, d) ** 2).sum(1)
+    exact = (gradients(conv, xp, d) ** 2).sum(1)
+    assert np.all(real <= bound)
+    assert np.all(exact <= bound)
+    return s, exact
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        Conv(n=4, h=8, w=8, ci=16, co=24, kh=3, kw=3),
+        Conv(n=4, h=9, w=9, ci=6, co=5, kh=2, kw=2, stride=(2, 2)),
+    ],
+    ids=["shifted", "unfolded"],
+)
+def test_the_gram_bound_holds_where_pixels_cancel(conv, cpu, call):
+    below = 0
+    for seed in range(3):
+        s, exact = assert_bounded(conv, cpu, call, *cancelling(conv, seed))
+        below += (s < exact).sum()
+    assert below > 0  # without κ the norm would have been too small
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-22, 1e-30])
+def test_the_gram_bound_holds_where_products_are_flushed(scale, cpu, call):
+    conv = Conv(n=2, h=5, w=5, ci=4, co=4, kh=3, kw=3)
+    xp, _, _, d = arrays(conv)
+    assert_bounded(conv, cpu, call, xp * np.float32(scale), d * np.float32(1e18))
+
+
+def test_the_stored_norm_covers_squares_that_are_flushed(cpu, call):
+    conv = SHAPES["wide"]
+    xp, _, _, d = arrays(conv)
+    g, s = call(kernels.stored_gradient(cpu, conv), xp * np.float32(1e-21), d, outputs=2)
+    assert np.all((g.astype("d") ** 2).sum(1) <= s * (1 + kernels.stored_norm_inflation(conv)))
+
+
+def test_bits_do_not_depend_on_threads(cpu, call):
+    conv = SHAPES["classes"]
+    xp, w, b, d = arrays(conv)
+    c = np.linspace(0, 1, conv.n, dtype="f")
+    configure = tvm.get_global_func("runtime.config_threadpool")
+
+    def everything():
+        return [
+            call(kernels.forward(cpu, conv, bias=True), xp, w, b),
+            call(kernels.backward_data(cpu, conv), d, w, outputs=2)[1],
+            *call(kernels.stored_gradient(cpu, conv), xp, d, outputs=2),
+            *call(kernels.gram_norm(cpu, conv), xp, d, outputs=3)[1:],
+            call(kernels.weighted_gradient(cpu, conv), xp, d, c, outputs=2)[1],
+        ]
+
+    two = everything()
+    configure(1, 1)
+    try:
+        one = everything()
+    finally:
+        configure(1, 2)
+    assert [a.tobytes() for a in one] == [a.tobytes() for a in two]
+
+
+def test_chains_of_additions_over_examples_are_short():
+    conv = Conv(n=256, h=8, w=8, ci=256, co=256, kh=3, kw=3, padding=(1, 1, 1, 1))
+    assert kernels.weighted_gradient_additions(conv) == 16 + 16 + 1
+    assert kernels.stored_norm_inflation(conv) < 2e-6
+    assert kernels.gram_kappa(conv) < 5e-5
+
+
+def test_small_images_with_large_weights_take_gram_norms():
+    assert kernels.choose(SHAPES["mnist-1"]) == "stored"
+    assert kernels.choose(SHAPES["mnist-2"]) == "stored"
+    square = {"n": 64, "kh": 3, "kw": 3, "padding": (1, 1, 1, 1)}
+    assert kernels.choose(Conv(h=32, w=32, ci=64, co=64, **square)) == "stored"
+    assert kernels.choose(Conv(h=8, w=8, ci=256, co=256, **square)) == "gram"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"stride": (0, 1)}, "at least 1"),
+        ({"padding": (0, -1, 0, 0)}, "padding at least 0"),
+        ({"co": 0}, "at least one channel"),
+        ({"kw": 9}, "larger than the padded image"),
+    ],
+)
+def test_impossible_sizes_are_refused(change, reason):
+    with pytest.raises(ValueError, match=reason):
+        Conv(**{"n": 1, "h": 4, "w": 4, "ci": 1, "co": 1, "kh": 2, "kw": 2, **change})

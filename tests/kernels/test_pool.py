@@ -1,26 +1,12 @@
 import numpy as np
 import pytest
 import torch
-import tvm
 from torch.nn import functional
 
-from myelin.cpu import LEVELS, machine_features
 from myelin.kernels import pool as kernels
-from myelin.kernels.bounds import prove
-from myelin.kernels.object import library
 from myelin.kernels.pool import Pool
 
 RNG = np.random.default_rng(5)
-CPUS = [
-    pytest.param(
-        cpu,
-        id=cpu.level,
-        marks=pytest.mark.skipif(
-            bool(cpu.missing(machine_features())), reason=f"this machine is no {cpu.level}"
-        ),
-    )
-    for cpu in LEVELS
-]
 POOLS = {
     "two": Pool(n=3, h=8, w=8, c=32, kh=2, kw=2, stride=(2, 2)),
     "overlapping": Pool(n=2, h=13, w=13, c=16, kh=2, kw=2),
@@ -32,15 +18,6 @@ POOLS = {
     "global": Pool(n=2, h=6, w=5, c=70, kh=6, kw=5),
     "one": Pool(n=1, h=1, w=1, c=1, kh=1, kw=1),
 }
-
-
-def run(function, cpu, *arguments):
-    """Runs a kernel on `arguments` and an output that is NaN before."""
-    prove(function)
-    shape = tuple(int(extent) for extent in function.params[-1].ty.shape)
-    tensors = [tvm.runtime.tensor(a) for a in [*arguments, np.full(shape, np.nan, "f")]]
-    library({"kernel": function}, cpu)["kernel"](*tensors)
-    return tensors[-1].numpy()
 
 
 def torch_pool(pool, kind, x, d):
@@ -59,19 +36,17 @@ def torch_pool(pool, kind, x, d):
     return y.detach().permute(0, 2, 3, 1).numpy(), t.grad.permute(0, 2, 3, 1).numpy()
 
 
-@pytest.mark.parametrize("cpu", CPUS)
 @pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
-def test_max_pooling_is_that_of_torch(pool, cpu):
+def test_max_pooling_is_that_of_torch(pool, cpu, call):
     # Few distinct values: nearly every window holds ties.
     x = RNG.integers(-1, 2, (pool.n, pool.h, pool.w, pool.c)).astype("f")
     d = RNG.integers(-8, 8, (pool.n, pool.oh, pool.ow, pool.c)).astype("f")
     y, dx = torch_pool(pool, "max", x, d)
-    assert np.array_equal(run(kernels.max_forward(cpu, pool), cpu, x), y)
-    assert np.array_equal(run(kernels.max_backward(cpu, pool), cpu, x, d), dx)
+    assert np.array_equal(call(kernels.max_forward(cpu, pool), x), y)
+    assert np.array_equal(call(kernels.max_backward(cpu, pool), x, d), dx)
 
 
-@pytest.mark.parametrize("cpu", CPUS)
-def test_max_pooling_hands_nan_on_as_torch_does(cpu):
+def test_max_pooling_hands_nan_on_as_torch_does(cpu, call):
     pool = POOLS["overlapping"]
     x = RNG.standard_normal((pool.n, pool.h, pool.w, pool.c)).astype("f")
     x[0, 5, 5] = np.nan
@@ -81,27 +56,25 @@ def test_max_pooling_hands_nan_on_as_torch_does(cpu):
     d = RNG.integers(-8, 8, (pool.n, pool.oh, pool.ow, pool.c)).astype("f")
     y, dx = torch_pool(pool, "max", x, d)
     assert np.isnan(y).sum() > 4
-    assert np.array_equal(run(kernels.max_forward(cpu, pool), cpu, x), y, equal_nan=True)
-    assert np.array_equal(run(kernels.max_backward(cpu, pool), cpu, x, d), dx)
+    assert np.array_equal(call(kernels.max_forward(cpu, pool), x), y, equal_nan=True)
+    assert np.array_equal(call(kernels.max_backward(cpu, pool), x, d), dx)
 
 
-@pytest.mark.parametrize("cpu", CPUS)
 @pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
-def test_average_pooling_is_that_of_torch(pool, cpu):
+def test_average_pooling_is_that_of_torch(pool, cpu, call):
     x = RNG.standard_normal((pool.n, pool.h, pool.w, pool.c)).astype("f")
     d = RNG.standard_normal((pool.n, pool.oh, pool.ow, pool.c)).astype("f")
     y, dx = torch_pool(pool, "average", x, d)
-    assert np.allclose(run(kernels.average_forward(cpu, pool), cpu, x), y, rtol=0, atol=1e-6)
-    assert np.allclose(run(kernels.average_backward(cpu, pool), cpu, d), dx, rtol=0, atol=2e-6)
+    assert np.allclose(call(kernels.average_forward(cpu, pool), x), y, rtol=0, atol=1e-6)
+    assert np.allclose(call(kernels.average_backward(cpu, pool), d), dx, rtol=0, atol=2e-6)
 
 
-def test_asymmetric_padding_is_never_a_maximum():
+def test_asymmetric_padding_is_never_a_maximum(cpu, call):
     pool = Pool(n=1, h=3, w=3, c=2, kh=2, kw=2, stride=(2, 2), padding=(0, 0, 1, 1))
-    cpu = LEVELS[-1]
     x = -1 - RNG.random((1, 3, 3, 2)).astype("f")
     padded = np.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=-np.inf)
     wanted = padded.reshape(1, 2, 2, 2, 2, 2).max(axis=(2, 4))
-    assert np.array_equal(run(kernels.max_forward(cpu, pool), cpu, x), wanted)
+    assert np.array_equal(call(kernels.max_forward(cpu, pool), x), wanted)
 
 
 @pytest.mark.parametrize(
