@@ -31,7 +31,7 @@ NEIGHBORING_RELATION = "add-or-remove-one"
 # What the ideal mechanism does not have, and what bounds it (docs/privacy.md, "Charges").
 OVERFLOW_BITS = 60
 """A batch is larger than `max_batch` with probability at most 2⁻⁶⁰ a step."""
-SAMPLER_ERROR = 2.0**-40
+SAMPLER_ERROR = 2.0**-38
 """Bound of |ln(p'/p)| for each released integer within 12 sigma (ideally p, in fact p')."""
 SAMPLER_TAIL = 4e-33
 """Probability of a Gaussian beyond 12 sigma, where the sampler draws nothing."""
