@@ -191,6 +191,13 @@ def test_the_disassembly_shows_what_is_forbidden(tmp_path: Path) -> None:
     assert AVX512.search(body[-1].operands)
 
 
+def test_noise_uses_no_instruction_whose_time_depends_on_data(image: Image) -> None:
+    release = [body for name, body in image.functions.items() if "gaussian7release" in name]
+    names = {row.name for body in release for row in body}
+    assert {"vblendvpd", "vcvtpd2ps"} <= {name.removesuffix("y") for name in names}, "the sampler"
+    assert not [name for name in names if re.search(r"div|sqrt|rcp|gather|scatter|ptest", name)]
+
+
 def test_avx512_is_used_at_its_level_only(image: Image) -> None:
     users = [
         row for body in image.functions.values() for row in body if AVX512.search(row.operands)

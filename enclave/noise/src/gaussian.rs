@@ -28,7 +28,10 @@ const WORDS: usize = 12;
 pub struct Scale {
     grid: f64,
     sigma: f64,
-    divisor: f64,
+    /// 1/grid, exact.
+    to_grid: f64,
+    /// grid/divisor.
+    step: f64,
 }
 
 impl Scale {
@@ -40,7 +43,12 @@ impl Scale {
         let grid = f64::from_bits((sigma / 32.0).to_bits() & 0xfff0_0000_0000_0000);
         let positive = noise_multiplier > 0.0 && max_grad_norm > 0.0 && expected_batch > 0.0;
         let bounded = grid > 3.1e-151 && grid < 3.2e150 && expected_batch < f64::INFINITY;
-        (positive && bounded).then_some(Self { grid, sigma, divisor: expected_batch })
+        (positive && bounded).then(|| Self {
+            grid,
+            sigma,
+            to_grid: 1.0 / grid,
+            step: grid / expected_batch,
+        })
     }
 
     /// Distance of neighbouring releases before the division: a power of two.
@@ -92,9 +100,9 @@ struct Factors {
 impl Factors {
     fn new(scale: Scale) -> Self {
         Self {
-            to_grid: splat(1.0 / scale.grid),
-            spread: splat(scale.sigma / scale.grid),
-            step: splat(scale.grid / scale.divisor),
+            to_grid: splat(scale.to_grid),
+            spread: splat(scale.sigma * scale.to_grid),
+            step: splat(scale.step),
         }
     }
 }
@@ -291,7 +299,7 @@ mod tests {
 
     /// Share of even integers among 2²⁰ releases of a sum half way between two integers, each by `round`.
     fn even_share(a: f64, round: impl Fn(m256d, m256d, m256d, &Factors) -> m256d) -> f64 {
-        let factors = Factors::new(Scale { grid: 1.0, sigma: 32.0, divisor: 1.0 });
+        let factors = Factors::new(Scale::new(32.0, 1.0, 1.0).unwrap());
         let mut generator = Generator::new(&[3; 32]);
         let mut words = vec![[0u64; WORDS]; 1 << 17];
         generator.blocks(bytemuck::cast_slice_mut(&mut words));
