@@ -67,7 +67,7 @@ class Enclave:
         header = sealed.read(HEADER)
         if len(header) != HEADER:
             raise SealedFileInvalid(
-                f"sealed file: {len(header)} bytes, shorter than its header of {HEADER}"
+                "sealed-header-wrong", f"{len(header)} bytes are no header of {HEADER}"
             )
         self._transport.request(_OPEN, struct.pack("<I", index) + header)
         number = 0

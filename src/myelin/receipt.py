@@ -93,7 +93,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """A receipt that verified. Only `verify` makes one."""
+    """What a receipt proves, as `verify` returns it."""
 
     job: Job
     privacy: Privacy

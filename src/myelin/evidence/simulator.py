@@ -82,7 +82,10 @@ class World:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
             Path(made, "root.pem").write_bytes(_pem(world.certificates["root"]))
-            Path(made).rename(folder)
+            try:
+                Path(made).rename(folder)
+            except OSError:
+                raise UsageError(f"{folder} was made by another process just now") from None
             Path(made).mkdir()  # for the context manager to remove
         return world
 
