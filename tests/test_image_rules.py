@@ -27,6 +27,7 @@ FORBIDDEN = re.compile(
     r"|in|ins|insb|insl|outs|outsb|outsl|hlt|cli|sti|vmcall|vmmcall|rdfsbase|wrfsbase|wrgsbase"
 )
 GATE_ONLY = re.compile(r"out|enclu|iretq?")
+PREFIXES = {"rep", "repz", "repnz", "lock", "notrack", "data16", "cs", "{evex}", "{vex}"}
 AVX512 = re.compile(r"%zmm|%k[0-7]\b|%[xy]mm(1[6-9]|2\d|3[01])")
 
 
@@ -68,7 +69,7 @@ class Image:
             elif row := re.match(r"\s*([0-9a-f]+):\t(.*)", line):
                 words = row[2].split()
                 # Prefixes stand before the mnemonic.
-                while len(words) > 1 and words[0] in {"rep", "repz", "repnz", "lock", "notrack"}:
+                while len(words) > 1 and words[0] in PREFIXES:
                     words = words[1:]
                 name = words[0] if words else ""
                 body.append(Instruction(int(row[1], 16), name, " ".join(words[1:])))
@@ -194,7 +195,7 @@ def test_the_disassembly_shows_what_is_forbidden(tmp_path: Path) -> None:
 def test_noise_uses_no_instruction_whose_time_depends_on_data(image: Image) -> None:
     release = [body for name, body in image.functions.items() if "gaussian7release" in name]
     names = {row.name for body in release for row in body}
-    assert {"vblendvpd", "vcvtpd2ps"} <= {name.removesuffix("y") for name in names}, "the sampler"
+    assert any(name.startswith("vblend") for name in names), "the sampler is in these functions"
     assert not [name for name in names if re.search(r"div|sqrt|rcp|gather|scatter|ptest", name)]
 
 
