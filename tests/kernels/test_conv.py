@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from myelin.kernels import conv as kernels
 from myelin.kernels.conv import Conv
+from myelin.kernels.object import ALLOWED, build, undefined, workspace_bytes
 
 SHAPES = {
     "mnist-1": Conv(n=3, h=28, w=28, ci=1, co=16, kh=8, kw=8, stride=(2, 2), padding=(2, 2, 2, 2)),
@@ -266,6 +267,18 @@ def test_the_gram_bound_holds_where_pixels_cancel(conv, cpu, call):
     assert below > 0  # without κ the norm would have been too small
 
 
+@pytest.fixture
+def flushing():
+    """One thread, with subnormal numbers taken as zero as in an enclave."""
+    configure = tvm.get_global_func("runtime.config_threadpool")
+    configure(1, 1)
+    assert torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+    configure(1, 2)
+
+
+@pytest.mark.usefixtures("flushing")
 @pytest.mark.parametrize("scale", [1e-20, 1e-22, 1e-30])
 def test_the_gram_bound_holds_where_products_are_flushed(scale, cpu, call):
     conv = Conv(n=2, h=5, w=5, ci=4, co=4, kh=3, kw=3)
@@ -273,6 +286,7 @@ def test_the_gram_bound_holds_where_products_are_flushed(scale, cpu, call):
     assert_bounded(conv, cpu, call, xp * np.float32(scale), d * np.float32(1e18))
 
 
+@pytest.mark.usefixtures("flushing")
 def test_the_stored_norm_covers_squares_that_are_flushed(cpu, call):
     conv = SHAPES["wide"]
     xp, _, _, d = arrays(conv)
@@ -331,3 +345,18 @@ def test_small_images_with_large_weights_take_gram_norms():
 def test_impossible_sizes_are_refused(change, reason):
     with pytest.raises(ValueError, match=reason):
         Conv(**{"n": 1, "h": 4, "w": 4, "ci": 1, "co": 1, "kh": 2, "kw": 2, **change})
+
+
+def test_the_object_needs_nothing_that_the_runtime_lacks(cpu):
+    conv = SHAPES["rgb"]
+    templates = {
+        "pad": kernels.pad(cpu, conv),
+        "forward": kernels.forward(cpu, conv, bias=True),
+        "backward_data": kernels.backward_data(cpu, conv),
+        "stored_gradient": kernels.stored_gradient(cpu, conv),
+        "stored_bias": kernels.stored_bias(cpu, conv.n, conv.pixels, conv.co),
+        "gram_norm": kernels.gram_norm(cpu, conv),
+        "weighted_gradient": kernels.weighted_gradient(cpu, conv),
+    }
+    assert undefined(build(templates, cpu)) <= ALLOWED
+    assert workspace_bytes(templates, cpu) == 0
