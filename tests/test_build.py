@@ -1,0 +1,200 @@
+"""Images: the same bytes anywhere, a measurement by the book, refusals that say what differs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from myelin import build, nn
+from myelin.errors import ImageInvalid, ImageMismatch, UsageError
+from myelin.image import Image
+from myelin.optimizer import SGD, Adam
+
+
+def make(folder: Path, **changes: Any) -> build.Build:
+    settings: dict[str, Any] = {
+        "loss": "cross-entropy",
+        "optimizer": SGD(lr=0.5),
+        "records": 100,
+        "batch": 16,
+        "directory": folder,
+    }
+    net = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
+    return build.build(net, np.zeros((1, 12), np.float32), **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> build.Build:
+    return make(tmp_path_factory.mktemp("built"))
+
+
+def test_two_folders_give_the_same_bytes(
+    built: build.Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "a folder of another name"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    again = make(Path("out"))
+    assert again.image_path.read_bytes() == built.image_path.read_bytes()
+    assert again.model_path.read_bytes() == built.model_path.read_bytes()
+
+
+def test_a_rebuild_from_the_model_file_gives_the_same_bytes(built: build.Build) -> None:
+    again = build.rebuild(built.model_path.read_bytes())
+    assert again.content == built.image.content
+    build.compare(again, measurement=built.image.measurement)
+
+
+def test_the_measurement_is_that_of_an_independent_reading(built: build.Build) -> None:
+    """MRENCLAVE as a stream of 64-byte blocks, written from the manual a second time."""
+    content = built.image_path.read_bytes()
+    assert len(content) <= 2 << 20
+    start, count = (
+        struct.unpack_from("<Q", content, 32)[0],
+        struct.unpack_from("<H", content, 56)[0],
+    )
+    headers = [struct.unpack_from("<IIQQQQQQ", content, start + 56 * i) for i in range(count)]
+    loads = sorted((h for h in headers if h[0] == 1), key=lambda h: h[3])
+    end = loads[-1][3] + loads[-1][6] - 0x4000_0000
+    size = 4096
+    while size < end:
+        size *= 2
+    blocks = [b"ECREATE".ljust(8, b"\0") + (4).to_bytes(4, "little") + size.to_bytes(8, "little")]
+    for _, flags, offset, address, _, filled, total, _ in loads[:-1]:
+        memory = content[offset : offset + filled] + bytes(total - filled)
+        memory += bytes(-len(memory) % 4096)
+        rights = (flags >> 2 & 1) | (flags & 2) | (flags & 1) << 2
+        for page in range(0, len(memory), 4096):
+            place = (address - 0x4000_0000 + page).to_bytes(8, "little")
+            secinfo = (rights | 0x200).to_bytes(8, "little")
+            blocks.append(b"EADD".ljust(8, b"\0") + place + secinfo)
+            for part in range(page, page + 4096, 256):
+                place = (address - 0x4000_0000 + part).to_bytes(8, "little")
+                blocks.append(b"EEXTEND".ljust(8, b"\0") + place)
+                blocks += [memory[at : at + 64] for at in range(part, part + 256, 64)]
+    stream = b"".join(block.ljust(64, b"\0") for block in blocks)
+    assert built.image.measurement == hashlib.sha256(stream).digest()
+
+
+def test_every_measured_byte_counts(built: build.Build) -> None:
+    content = bytearray(built.image.content)
+    for segment_offset in (0x1000, 0x1800):
+        content[segment_offset] ^= 1
+        assert Image(content=bytes(content)).measurement != built.image.measurement
+        content[segment_offset] ^= 1
+    assert Image(content=bytes(content)).measurement == built.image.measurement
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"optimizer": Adam(lr=0.5)}, "description field optimizer"),
+        ({"records": 101}, "description field capacity"),
+        ({"loss": "mean-squared-error"}, "description field loss"),
+        ({"threads": 1}, "description field threads"),
+    ],
+)
+def test_a_mismatch_says_which_part_differs(
+    built: build.Build, tmp_path: Path, changes: dict[str, Any], part: str
+) -> None:
+    other = make(tmp_path, **changes).image
+    with pytest.raises(ImageMismatch, match=part):
+        build.compare(other, measurement=built.image.measurement, original=built.image)
+    with pytest.raises(ImageMismatch, match="give the original image"):
+        build.compare(other, measurement=built.image.measurement)
+
+
+def test_another_runtime_is_named(
+    built: build.Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "libmyelin_enclave-x86-64-v3.a"
+    original = build.native_file(archive.name).read_bytes()
+    # One word of a message in the runtime, of the same length.
+    assert b"approval-missing" in original
+    archive.write_bytes(original.replace(b"approval-missing", b"approval-mixxing"))
+    real = build.native_file
+    monkeypatch.setattr(
+        build, "native_file", lambda name: archive if name == archive.name else real(name)
+    )
+    changed = build.rebuild(built.model_path.read_bytes())
+    with pytest.raises(ImageMismatch, match="version of runtime"):
+        build.compare(changed, measurement=built.image.measurement, original=built.image)
+
+
+def test_the_level_is_a_field_of_the_image(built: build.Build, tmp_path: Path) -> None:
+    other = make(tmp_path, cpu="x86-64-v4").image
+    assert built.image.description["cpu"]["level"] == "x86-64-v3"
+    assert other.description["cpu"]["level"] == "x86-64-v4"
+    assert "avx512f" in other.description["cpu"]["features"]
+    assert "avx512f" not in built.image.description["cpu"]["features"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"loss": "hinge"}, "cross-entropy"),
+        ({"batch": 0}, "batch = 0"),
+        ({"records": 0}, "records = 0"),
+        ({"threads": 17}, "threads = 17"),
+    ],
+)
+def test_settings_out_of_range_are_refused(
+    tmp_path: Path, changes: dict[str, Any], word: str
+) -> None:
+    with pytest.raises(UsageError, match=word):
+        make(tmp_path, **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_model_file_is_refused(built: build.Build) -> None:
+    good = json.loads(built.model_path.read_bytes())
+    for change, word in (
+        ({"type": "other"}, "its type"),
+        ({"extra": 1}, "nothing else"),
+        ({"recipe": {}}, "recipe must hold exactly"),
+    ):
+        with pytest.raises(UsageError, match=word):
+            build.rebuild(json.dumps({**good, **change}).encode())
+    with pytest.raises(UsageError, match="not JSON"):
+        build.rebuild(b"{")
+
+
+def test_what_is_no_image_is_refused(built: build.Build, tmp_path: Path) -> None:
+    content = built.image.content
+    for broken, word in (
+        (b"", "not a 64-bit"),
+        (b"MZ" + content[2:], "not a 64-bit"),
+        (content[:16] + b"\x03" + content[17:], "ELF type 3"),
+        (content[:200], "outside the file"),
+    ):
+        path = tmp_path / "broken"
+        path.write_bytes(broken)
+        with pytest.raises(ImageInvalid, match=word):
+            _ = Image.read(path).measurement
+
+
+def test_a_writable_and_executable_segment_is_refused(built: build.Build) -> None:
+    content = bytearray(built.image.content)
+    (start,) = struct.unpack_from("<Q", content, 32)
+    struct.pack_into("<I", content, start + 4, 7)
+    with pytest.raises(ImageInvalid, match="writable and executable"):
+        _ = Image(content=bytes(content)).segments
+
+
+def test_the_dump_holds_every_stage(built: build.Build, tmp_path: Path) -> None:
+    make(tmp_path / "out", dump=tmp_path / "dump")
+    names = [path.name for path in sorted((tmp_path / "dump").iterdir())]
+    assert any("import" in name for name in names)
+    assert any("plan" in name for name in names)
+
+
+def test_recipes_are_values(built: build.Build) -> None:
+    _, recipe = build._read_model_file(built.model_path.read_bytes())
+    assert replace(recipe) == recipe
