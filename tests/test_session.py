@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 from parties import NOW, RESEARCHER, TESTER, A, B, damaged, party, policy, world
 
-from myelin import build, nn, receipt, seal
+from myelin import nn, receipt, recipe, seal
 from myelin.cell import Cell, backends
 from myelin.enclave import Enclave
 from myelin.errors import EnclaveRefused, ImageMismatch
@@ -45,8 +45,8 @@ BACKENDS = [
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> build.Build:
-    return build.build(
+def built(tmp_path_factory: pytest.TempPathFactory) -> recipe.Build:
+    return recipe.build(
         nn.Sequential(nn.Linear(FEATURES, 10)),
         np.zeros((1, FEATURES), np.float32),
         loss="mean-squared-error",
@@ -61,7 +61,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> build.Build:
 class Stage:
     """A job on a running image, with what the parties need to take part."""
 
-    built: build.Build
+    built: recipe.Build
     job: Job
     enclave: Enclave
     sealed: dict[str, tuple[bytes, SealedKey]]
@@ -99,12 +99,12 @@ class Stage:
         return self.enclave.train(**wanted | changes)
 
 
-def initial(built: build.Build) -> np.ndarray[Any, np.dtype[np.float32]]:
+def initial(built: recipe.Build) -> np.ndarray[Any, np.dtype[np.float32]]:
     values = safetensors.numpy.load_file(built.weights_path)
     return pack(built.image.description["parameters"], values)
 
 
-def write_job(built: build.Build, **changes: Any) -> Job:
+def write_job(built: recipe.Build, **changes: Any) -> Job:
     image = built.image
     fields: dict[str, Any] = {
         "image": ImageReference(digest=image.digest, measurement=image.measurement),
@@ -116,7 +116,7 @@ def write_job(built: build.Build, **changes: Any) -> Job:
     return Job.draft(**fields | changes)
 
 
-def zero_gradient_records(built: build.Build, count: int) -> tuple[Any, Any]:
+def zero_gradient_records(built: recipe.Build, count: int) -> tuple[Any, Any]:
     """Records at which the model is exactly right, so that every gradient is exactly zero."""
     bias = safetensors.numpy.load_file(built.weights_path)
     right = next(value for value in bias.values() if value.shape == (10,))
@@ -124,7 +124,7 @@ def zero_gradient_records(built: build.Build, count: int) -> tuple[Any, Any]:
 
 
 @pytest.fixture
-def stage(built: build.Build) -> Iterator[Callable[..., Stage]]:
+def stage(built: recipe.Build) -> Iterator[Callable[..., Stage]]:
     cells: list[Cell] = []
 
     def start(backend: Any = "process", **changes: Any) -> Stage:
@@ -154,7 +154,7 @@ def stage(built: build.Build) -> Iterator[Callable[..., Stage]]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_gradients_release_exactly_the_noise_that_was_promised(
-    built: build.Build, tmp_path: Path, backend: Any
+    built: recipe.Build, tmp_path: Path, backend: Any
 ) -> None:
     job = write_job(built)
     with Service(

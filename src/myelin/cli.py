@@ -143,12 +143,12 @@ def build_image(
     Example: myelin build model.onnx --shape 30 --loss binary-cross-entropy --records 480
     --out build
     """
-    from myelin import build
+    from myelin import recipe
     from myelin.cpu import Cpu
 
     level = Cpu.native().level if cpu == "native" else cpu
     with _stages() as stage:
-        made = build.build(
+        made = recipe.build(
             _source(model),
             np.zeros((1, *_integers(shape, "shape")), np.float32),
             loss=loss,
@@ -492,15 +492,15 @@ def rebuild_image(
 
     Example: myelin rebuild exchange/job.cbor --model exchange/model.json
     """
-    from myelin import build
+    from myelin import recipe
     from myelin.image import Image
     from myelin.job import Job
 
     made = Job.from_bytes(job.read_bytes())
     with _stages() as stage:
-        rebuilt = build.rebuild(model.read_bytes(), progress=stage)
+        rebuilt = recipe.rebuild(model.read_bytes(), progress=stage)
     original = None if image is None else Image.read(image)
-    build.compare(rebuilt, measurement=made.image.measurement, original=original)
+    recipe.compare(rebuilt, measurement=made.image.measurement, original=original)
     _answer({"measurement": rebuilt.measurement.hex(), "digest": rebuilt.digest.hex()}, as_json)
 
 

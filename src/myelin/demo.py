@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from myelin import build, evidence, grant, hospitals, nn, receipt, seal
+from myelin import evidence, grant, hospitals, nn, receipt, recipe, seal
 from myelin.cell import Backend
 from myelin.cpu import Cpu
 from myelin.evidence.simulator import World
@@ -178,9 +178,9 @@ def _introduce(cast: Cast, tell: Teller) -> None:
     )
 
 
-def _make_image(folder: Path, tell: Teller) -> build.Build:
+def _make_image(folder: Path, tell: Teller) -> recipe.Build:
     tell.say("\n2. The model becomes an enclave image")
-    built = build.build(
+    built = recipe.build(
         MODEL,
         EXAMPLE,
         loss=LOSS,
@@ -192,13 +192,13 @@ def _make_image(folder: Path, tell: Teller) -> build.Build:
     )
     image = built.image
     tell.say(f"   image {len(image.content):,} bytes, measurement {image.measurement.hex()}")
-    again = build.rebuild(built.model_path.read_bytes())
-    build.compare(again, measurement=image.measurement, original=image)
+    again = recipe.rebuild(built.model_path.read_bytes())
+    recipe.compare(again, measurement=image.measurement, original=image)
     tell.say("   the registry rebuilt it from the model file: the same measurement")
     return built
 
 
-def _write_job(built: build.Build, cast: Cast, tell: Teller) -> Job:
+def _write_job(built: recipe.Build, cast: Cast, tell: Teller) -> Job:
     image = built.image
     job = Job.draft(
         image=ImageReference(digest=image.digest, measurement=image.measurement),
@@ -263,12 +263,12 @@ def _conclude(
     )
 
 
-def _initial(built: build.Build) -> npt.NDArray[np.float32]:
+def _initial(built: recipe.Build) -> npt.NDArray[np.float32]:
     values = safetensors.numpy.load_file(built.weights_path)
     return pack(built.image.description["parameters"], values)
 
 
-def baseline_accuracy(built: build.Build) -> float:
+def baseline_accuracy(built: recipe.Build) -> float:
     """Test accuracy of the same model, start, steps and optimiser without privacy, outside."""
     data, test = hospitals.load()
     features = np.concatenate([records.features for records in data.values()])

@@ -1,6 +1,6 @@
 """The enclave image as every party reads it: its digest, its measurement, its description.
 
-Nothing here compiles or runs anything; `myelin.build` makes images. The format is docs/image.md.
+Nothing here compiles or runs anything; `myelin.recipe` makes images. The format is docs/image.md.
 """
 
 from __future__ import annotations

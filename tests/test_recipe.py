@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from myelin import build, nn
+from myelin import nn, recipe
 from myelin.errors import ImageInvalid, ImageMismatch, UsageError
 from myelin.image import Image
 from myelin.optimizer import SGD, Adam
 
 
-def make(folder: Path, **changes: Any) -> build.Build:
+def make(folder: Path, **changes: Any) -> recipe.Build:
     settings: dict[str, Any] = {
         "loss": "cross-entropy",
         "optimizer": SGD(lr=0.5),
@@ -27,16 +27,16 @@ def make(folder: Path, **changes: Any) -> build.Build:
         "directory": folder,
     }
     net = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
-    return build.build(net, np.zeros((1, 12), np.float32), **settings | changes)
+    return recipe.build(net, np.zeros((1, 12), np.float32), **settings | changes)
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> build.Build:
+def built(tmp_path_factory: pytest.TempPathFactory) -> recipe.Build:
     return make(tmp_path_factory.mktemp("built"))
 
 
 def test_two_folders_give_the_same_bytes(
-    built: build.Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    built: recipe.Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere = tmp_path / "a folder of another name"
     elsewhere.mkdir()
@@ -46,13 +46,13 @@ def test_two_folders_give_the_same_bytes(
     assert again.model_path.read_bytes() == built.model_path.read_bytes()
 
 
-def test_a_rebuild_from_the_model_file_gives_the_same_bytes(built: build.Build) -> None:
-    again = build.rebuild(built.model_path.read_bytes())
+def test_a_rebuild_from_the_model_file_gives_the_same_bytes(built: recipe.Build) -> None:
+    again = recipe.rebuild(built.model_path.read_bytes())
     assert again.content == built.image.content
-    build.compare(again, measurement=built.image.measurement)
+    recipe.compare(again, measurement=built.image.measurement)
 
 
-def test_the_measurement_is_that_of_an_independent_reading(built: build.Build) -> None:
+def test_the_measurement_is_that_of_an_independent_reading(built: recipe.Build) -> None:
     """MRENCLAVE as a stream of 64-byte blocks, written from the manual a second time."""
     content = built.image_path.read_bytes()
     assert len(content) <= 2 << 20
@@ -83,7 +83,7 @@ def test_the_measurement_is_that_of_an_independent_reading(built: build.Build) -
     assert built.image.measurement == hashlib.sha256(stream).digest()
 
 
-def test_every_measured_byte_counts(built: build.Build) -> None:
+def test_every_measured_byte_counts(built: recipe.Build) -> None:
     content = bytearray(built.image.content)
     for segment_offset in (0x1000, 0x1800):
         content[segment_offset] ^= 1
@@ -102,33 +102,33 @@ def test_every_measured_byte_counts(built: build.Build) -> None:
     ],
 )
 def test_a_mismatch_says_which_part_differs(
-    built: build.Build, tmp_path: Path, changes: dict[str, Any], part: str
+    built: recipe.Build, tmp_path: Path, changes: dict[str, Any], part: str
 ) -> None:
     other = make(tmp_path, **changes).image
     with pytest.raises(ImageMismatch, match=part):
-        build.compare(other, measurement=built.image.measurement, original=built.image)
+        recipe.compare(other, measurement=built.image.measurement, original=built.image)
     with pytest.raises(ImageMismatch, match="give the original image"):
-        build.compare(other, measurement=built.image.measurement)
+        recipe.compare(other, measurement=built.image.measurement)
 
 
 def test_another_runtime_is_named(
-    built: build.Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    built: recipe.Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = tmp_path / "libmyelin_enclave-x86-64-v3.a"
-    original = build.native_file(archive.name).read_bytes()
+    original = recipe.native_file(archive.name).read_bytes()
     # One word of a message in the runtime, of the same length.
     assert b"approval-missing" in original
     archive.write_bytes(original.replace(b"approval-missing", b"approval-mixxing"))
-    real = build.native_file
+    real = recipe.native_file
     monkeypatch.setattr(
         build, "native_file", lambda name: archive if name == archive.name else real(name)
     )
-    changed = build.rebuild(built.model_path.read_bytes())
+    changed = recipe.rebuild(built.model_path.read_bytes())
     with pytest.raises(ImageMismatch, match="version of runtime"):
-        build.compare(changed, measurement=built.image.measurement, original=built.image)
+        recipe.compare(changed, measurement=built.image.measurement, original=built.image)
 
 
-def test_the_level_is_a_field_of_the_image(built: build.Build, tmp_path: Path) -> None:
+def test_the_level_is_a_field_of_the_image(built: recipe.Build, tmp_path: Path) -> None:
     other = make(tmp_path, cpu="x86-64-v4").image
     assert built.image.description["cpu"]["level"] == "x86-64-v3"
     assert other.description["cpu"]["level"] == "x86-64-v4"
@@ -153,7 +153,7 @@ def test_settings_out_of_range_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_model_file_is_refused(built: build.Build) -> None:
+def test_a_damaged_model_file_is_refused(built: recipe.Build) -> None:
     good = json.loads(built.model_path.read_bytes())
     for change, word in (
         ({"type": "other"}, "its type"),
@@ -161,12 +161,12 @@ def test_a_damaged_model_file_is_refused(built: build.Build) -> None:
         ({"recipe": {}}, "recipe must hold exactly"),
     ):
         with pytest.raises(UsageError, match=word):
-            build.rebuild(json.dumps({**good, **change}).encode())
+            recipe.rebuild(json.dumps({**good, **change}).encode())
     with pytest.raises(UsageError, match="not JSON"):
-        build.rebuild(b"{")
+        recipe.rebuild(b"{")
 
 
-def test_what_is_no_image_is_refused(built: build.Build, tmp_path: Path) -> None:
+def test_what_is_no_image_is_refused(built: recipe.Build, tmp_path: Path) -> None:
     content = built.image.content
     for broken, word in (
         (b"", "not a 64-bit"),
@@ -180,7 +180,7 @@ def test_what_is_no_image_is_refused(built: build.Build, tmp_path: Path) -> None
             _ = Image.read(path).measurement
 
 
-def test_a_writable_and_executable_segment_is_refused(built: build.Build) -> None:
+def test_a_writable_and_executable_segment_is_refused(built: recipe.Build) -> None:
     content = bytearray(built.image.content)
     (start,) = struct.unpack_from("<Q", content, 32)
     struct.pack_into("<I", content, start + 4, 7)
@@ -188,13 +188,13 @@ def test_a_writable_and_executable_segment_is_refused(built: build.Build) -> Non
         _ = Image(content=bytes(content)).segments
 
 
-def test_the_dump_holds_every_stage(built: build.Build, tmp_path: Path) -> None:
+def test_the_dump_holds_every_stage(built: recipe.Build, tmp_path: Path) -> None:
     make(tmp_path / "out", dump=tmp_path / "dump")
     names = [path.name for path in sorted((tmp_path / "dump").iterdir())]
     assert any("import" in name for name in names)
     assert any("plan" in name for name in names)
 
 
-def test_recipes_are_values(built: build.Build) -> None:
-    _, recipe = build._read_model_file(built.model_path.read_bytes())
-    assert replace(recipe) == recipe
+def test_recipes_are_values(built: recipe.Build) -> None:
+    _, read = recipe._read_model_file(built.model_path.read_bytes())
+    assert replace(read) == read
