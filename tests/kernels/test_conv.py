@@ -254,14 +254,14 @@ def assert_bounded(conv, cpu, call, xp, d):
 @pytest.mark.parametrize(
     "conv",
     [
-        Conv(n=4, h=8, w=8, ci=16, co=24, kh=3, kw=3),
-        Conv(n=4, h=9, w=9, ci=6, co=5, kh=2, kw=2, stride=(2, 2)),
+        Conv(n=2, h=8, w=8, ci=16, co=24, kh=3, kw=3),
+        Conv(n=2, h=9, w=9, ci=6, co=5, kh=2, kw=2, stride=(2, 2)),
     ],
     ids=["shifted", "unfolded"],
 )
 def test_the_gram_bound_holds_where_pixels_cancel(conv, cpu, call):
     below = 0
-    for seed in range(3):
+    for seed in range(2):
         s, exact = assert_bounded(conv, cpu, call, *cancelling(conv, seed))
         below += (s < exact).sum()
     assert below > 0  # without κ the norm would have been too small
