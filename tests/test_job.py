@@ -21,8 +21,9 @@ from parties import (
     vectors,
 )
 
+from myelin import document
 from myelin.errors import DocumentInvalid
-from myelin.job import Job
+from myelin.job import SCHEMA, Job
 from myelin.privacy import Privacy
 
 ALL = (A, B, TESTER, RESEARCHER)
@@ -177,3 +178,11 @@ def test_every_party_approves_once() -> None:
 def test_every_damage_to_an_approval_is_refused() -> None:
     made = job()
     assert_all_refused(made.approve(A), made.check_approval, DocumentInvalid)
+
+
+def test_a_job_keeps_the_epsilon_it_states_to_the_last_digit() -> None:
+    """Sums may differ between machines; the bytes that were approved may not."""
+    fields = document.decode(job().to_bytes(), SCHEMA)
+    fields["privacy"]["epsilon"] += 3
+    data = document.encode(fields)
+    assert Job.from_bytes(data).to_bytes() == data

@@ -121,7 +121,7 @@ def test_another_runtime_is_named(
     archive.write_bytes(original.replace(b"approval-missing", b"approval-mixxing"))
     real = recipe.native_file
     monkeypatch.setattr(
-        build, "native_file", lambda name: archive if name == archive.name else real(name)
+        recipe, "native_file", lambda name: archive if name == archive.name else real(name)
     )
     changed = recipe.rebuild(built.model_path.read_bytes())
     with pytest.raises(ImageMismatch, match="version of runtime"):

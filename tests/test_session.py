@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,13 +20,13 @@ from myelin.enclave import Enclave
 from myelin.errors import EnclaveRefused, ImageMismatch
 from myelin.evidence import Appraised, Evidence, appraise
 from myelin.grant import Ledger, grant
-from myelin.job import ImageReference, Job
+from myelin.job import Job
 from myelin.optimizer import SGD
 from myelin.party import Party
 from myelin.privacy import Privacy
 from myelin.seal import SealedKey
 from myelin.service import Service
-from myelin.weights import pack, unpack
+from myelin.weights import unpack
 
 FEATURES = 1000
 CAPACITY = 40
@@ -91,7 +90,7 @@ class Stage:
         for index, member in enumerate((A, B)):
             self.enclave.grant(self.grant(member, folder))
             self.enclave.load(index, BytesIO(self.sealed[member.name][0]))
-        self.enclave.weights(initial(self.built).tobytes())
+        self.enclave.weights(self.built.weights.tobytes())
 
     def train(self, **changes: int) -> int:
         fields = self.job.privacy.to_fields()
@@ -99,16 +98,10 @@ class Stage:
         return self.enclave.train(**wanted | changes)
 
 
-def initial(built: recipe.Build) -> np.ndarray[Any, np.dtype[np.float32]]:
-    values = safetensors.numpy.load_file(built.weights_path)
-    return pack(built.image.description["parameters"], values)
-
-
 def write_job(built: recipe.Build, **changes: Any) -> Job:
-    image = built.image
     fields: dict[str, Any] = {
-        "image": ImageReference(digest=image.digest, measurement=image.measurement),
-        "weights": hashlib.sha256(initial(built).tobytes()).digest(),
+        "image": built.image,
+        "weights": built.weights_digest,
         "privacy": PRIVACY,
         "sends": {"records": {A.public: CAPACITY, B.public: CAPACITY}},
         "receives": {"weights": [RESEARCHER.public]},
@@ -178,7 +171,7 @@ def test_zero_gradients_release_exactly_the_noise_that_was_promised(
             ledger = Ledger.create(tmp_path / member.name, epsilon=100, delta=1e-5)
             service.accept(index, grant(member, job, fresh, key, ledger=ledger), file)
         fields = PRIVACY.to_fields()
-        service._enclave.weights(initial(built).tobytes())
+        service._enclave.weights(built.weights.tobytes())
         service._enclave.train(
             steps=1,
             sample_rate=fields["sample_rate"],
@@ -199,7 +192,7 @@ def test_zero_gradients_release_exactly_the_noise_that_was_promised(
         digest=verified.output("weights", RESEARCHER.name).digest,
     )
     places = built.image.description["parameters"]
-    before = unpack(places, initial(built))
+    before = unpack(places, built.weights)
     after = unpack(places, np.frombuffer(plaintext, np.float32))
     noise = np.concatenate([(after[name] - before[name]).ravel() for name in before])
     sigma = PRIVACY.noise_multiplier * PRIVACY.max_grad_norm / PRIVACY.expected_batch
@@ -346,7 +339,7 @@ def test_chunks_out_of_order_are_refused(
     with refused(f"({reason})"):
         here.enclave.load(0, BytesIO(header + b"".join(change(parts))))
     with refused("(input-missing|grant-missing)"):
-        here.enclave.weights(initial(here.built).tobytes())
+        here.enclave.weights(here.built.weights.tobytes())
         here.train()
 
 
@@ -387,7 +380,7 @@ def test_an_image_asked_for_less_privacy_refuses(
 def test_other_initial_weights_are_refused(stage: Any, tmp_path: Path) -> None:
     here = stage()
     here.approve()
-    other = initial(here.built) + 1
+    other = here.built.weights + 1
     with refused("weights-digest-wrong"):
         here.enclave.weights(other.tobytes())
 
@@ -395,7 +388,7 @@ def test_other_initial_weights_are_refused(stage: Any, tmp_path: Path) -> None:
 def test_training_waits_for_every_input(stage: Any, tmp_path: Path) -> None:
     here = stage()
     here.approve()
-    here.enclave.weights(initial(here.built).tobytes())
+    here.enclave.weights(here.built.weights.tobytes())
     here.enclave.grant(here.grant(A, tmp_path))
     here.enclave.load(0, BytesIO(here.sealed[A.name][0]))
     with refused("input-missing"):

@@ -213,25 +213,18 @@ def write_job(
     Example: myelin job build --exchange exchange --records a.pub:160 --records b.pub:160
     --weights r.pub --epsilon 2 --steps 50 --sample-rate 0.5
     """
-    import hashlib
-
-    import safetensors.numpy
-
     from myelin.exchange import Exchange, place
-    from myelin.image import Image
-    from myelin.job import ImageReference, Job
+    from myelin.job import Job
     from myelin.party import PublicParty
-    from myelin.weights import pack
+    from myelin.recipe import Build
 
     senders = dict(_sender(text) for text in records)
     testers = dict(_sender(text) for text in test or [])
     made = _privacy(epsilon, delta, max_grad_norm, sample_rate, steps, sum(senders.values()))
-    image = Image.read(build_folder / "image.elf")
-    values = safetensors.numpy.load_file(build_folder / "weights.safetensors")
-    flat = pack(image.description["parameters"], values)
+    built = Build.open(build_folder)
     job = Job.draft(
-        image=ImageReference(digest=image.digest, measurement=image.measurement),
-        weights=hashlib.sha256(flat.tobytes()).digest(),
+        image=built.image,
+        weights=built.weights_digest,
         privacy=made,
         sends={"records": senders} | ({"test": testers} if testers else {}),
         receives={"weights": [PublicParty.load(path) for path in weights]}

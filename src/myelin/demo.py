@@ -6,7 +6,6 @@ what a hospital does below is what it would do alone on its own machine.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import time
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import safetensors.numpy
 
 from myelin import evidence, grant, hospitals, nn, receipt, recipe, seal
@@ -25,7 +23,7 @@ from myelin.cpu import Cpu
 from myelin.evidence.simulator import World
 from myelin.grant import Ledger
 from myelin.hospitals import Records
-from myelin.job import ImageReference, Job
+from myelin.job import Job
 from myelin.model import load
 from myelin.optimizer import SGD
 from myelin.party import Party
@@ -33,7 +31,7 @@ from myelin.plan import Outside, compile_training
 from myelin.policy import Policy
 from myelin.privacy import NEIGHBORING_RELATION, Privacy
 from myelin.service import Service
-from myelin.weights import pack, unpack
+from myelin.weights import unpack
 
 # Public capacities: a round number above what anyone holds, so that the true counts stay inside.
 CAPACITY = 160
@@ -201,8 +199,8 @@ def _make_image(folder: Path, tell: Teller) -> recipe.Build:
 def _write_job(built: recipe.Build, cast: Cast, tell: Teller) -> Job:
     image = built.image
     job = Job.draft(
-        image=ImageReference(digest=image.digest, measurement=image.measurement),
-        weights=hashlib.sha256(_initial(built).tobytes()).digest(),
+        image=image,
+        weights=built.weights_digest,
         privacy=privacy(),
         sends={
             "records": {party.public: CAPACITY for party in cast.hospitals.values()},
@@ -263,11 +261,6 @@ def _conclude(
     )
 
 
-def _initial(built: recipe.Build) -> npt.NDArray[np.float32]:
-    values = safetensors.numpy.load_file(built.weights_path)
-    return pack(built.image.description["parameters"], values)
-
-
 def baseline_accuracy(built: recipe.Build) -> float:
     """Test accuracy of the same model, start, steps and optimiser without privacy, outside."""
     data, test = hospitals.load()
@@ -283,7 +276,7 @@ def baseline_accuracy(built: recipe.Build) -> float:
         private=False,
     )
     outside = Outside(program, cpu)
-    weights = _initial(built)
+    weights = built.weights
     everyone = np.ones(len(features), np.float32)
     for step in range(1, privacy().steps + 1):
         total = outside.gradient(features, labels, everyone, weights, 1.0)

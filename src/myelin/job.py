@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from myelin import document, privacy
 from myelin.document import Envelope, Kind
@@ -85,6 +85,18 @@ class Receive:
     party: int | None
 
 
+class Reference(Protocol):
+    """Anything that has an image's digest and measurement, such as `myelin.Image`."""
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the ELF file."""
+
+    @property
+    def measurement(self) -> bytes:
+        """MRENCLAVE, 32 bytes."""
+
+
 class Row(NamedTuple):
     """One line of the table "who can see what"."""
 
@@ -109,7 +121,7 @@ class Job:
     def draft(
         cls,
         *,
-        image: ImageReference,
+        image: Reference,
         weights: bytes,
         privacy: Privacy,
         sends: Mapping[str, Mapping[PublicParty, int]],

@@ -17,6 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import safetensors.numpy
 
 from myelin.cpu import Cpu
@@ -28,6 +30,7 @@ from myelin.model import Model, load
 from myelin.native import native_file
 from myelin.optimizer import Optimizer, optimizer_from_dict, optimizer_to_dict
 from myelin.plan import Program, compile_training
+from myelin.weights import pack
 
 LOSSES = ("cross-entropy", "binary-cross-entropy", "mean-squared-error")
 _WORKSPACE = 1 << 20
@@ -89,6 +92,22 @@ class Build:
         """The public initial weights."""
         return self.directory / "weights.safetensors"
 
+    @property
+    def weights(self) -> npt.NDArray[np.float32]:
+        """The initial weights as the enclave takes them, flat float32 [D]."""
+        values = safetensors.numpy.load_file(self.weights_path)
+        return pack(self.image.description["parameters"], values)
+
+    @property
+    def weights_digest(self) -> bytes:
+        """What a job names the initial weights by: SHA-256 of the flat weights."""
+        return hashlib.sha256(self.weights.tobytes()).digest()
+
+    @classmethod
+    def open(cls, directory: Path) -> Build:
+        """Reads a build folder; the image is checked for form."""
+        return cls(directory=directory, image=Image.read(directory / "image.elf"))
+
 
 def build(
     source: Any,
@@ -139,7 +158,7 @@ def rebuild(document: bytes, *, progress: Progress = lambda stage: None) -> Imag
 
 
 def compare(rebuilt: Image, *, measurement: bytes, original: Image | None = None) -> None:
-    """Raises `ImageMismatch`, naming the parts that differ, unless the rebuilt image measures the same."""
+    """Raises `ImageMismatch`, naming the parts that differ, unless it measures the same."""
     if rebuilt.measurement == measurement:
         return
     found = f"measurement {rebuilt.measurement.hex()}, the job names {measurement.hex()}"
