@@ -75,8 +75,13 @@ def method(layer: Layer, recipe: Recipe) -> Method:
     if layer.kind == "scale":
         return "stored"
     conv = convolution(layer)
-    too_large = 4 * conv.n * conv.weights > recipe.stored_bytes
-    return "gram" if too_large else conv_kernels.choose(conv)
+    stored_bytes = 4 * conv.n * conv.weights
+    if stored_bytes > recipe.stored_bytes:
+        return "gram"
+    gram = conv.pixels**2 * (conv.taps + conv.co) // 2
+    if stored_bytes <= CACHED and CACHED_COST * conv.weights <= gram:
+        return "stored"
+    return conv_kernels.choose(conv)
 
 
 def methods(module: Any, recipe: Recipe) -> list[tuple[str, str]]:
@@ -135,6 +140,11 @@ def fixed(value: float) -> int:
 def real(number: int) -> float:
     """The inverse of `fixed`."""
     return number * 2.0**-52
+
+
+CACHED, CACHED_COST = 16 << 20, 5
+"""Stored gradients of so many bytes stay in cache; a number of them then costs as much time as so many
+multiplications of `gram_norm` (measured: 256 examples, 12 × 12 × 16 → 32, 4 × 4: 1.3 ms against 3.4)."""
 
 
 class _Norms:

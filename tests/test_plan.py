@@ -1,0 +1,399 @@
+"""Whole programs, run outside any enclave, against PyTorch on micro-batches of one."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from myelin import nn
+from myelin.cpu import Cpu
+from myelin.errors import DataRefused, ModelRefused
+from myelin.kernels import object as kernel_object
+from myelin.model import load
+from myelin.optimizer import SGD, Adam
+from myelin.plan import Buffer, Outside, allocate, compile_training
+from myelin.weights import pack, unpack
+
+torch = pytest.importorskip("torch")
+T = torch.nn
+
+TOLERANCE = 1e-4
+LOSSES = {
+    "cross-entropy": lambda z, y: T.functional.cross_entropy(z, y.long()),
+    "binary-cross-entropy": lambda z, y: T.functional.binary_cross_entropy_with_logits(
+        z, y, reduction="sum"
+    ),
+    "mean-squared-error": T.functional.mse_loss,
+}
+
+
+class Residual(T.Module):
+    def __init__(self, *body, shortcut=None):
+        super().__init__()
+        for i, layer in enumerate(body):
+            self.add_module(str(i), layer)
+        self.body, self.shortcut = body, shortcut
+
+    def forward(self, x):
+        y = x
+        for layer in self.body:
+            y = layer(y)
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class Concat(T.Module):
+    def __init__(self, *branches):
+        super().__init__()
+        for i, branch in enumerate(branches):
+            self.add_module(str(i), branch)
+        self.branches = branches
+
+    def forward(self, x):
+        return torch.cat([branch(x) for branch in self.branches], 1)
+
+
+def compiled(net, shape, loss="cross-entropy", *, batch=4, seed=0, **options):
+    """What the tests need of a model: its program, a runner, data, and the model itself."""
+    model, cpu = load(net, shape, seed=seed), Cpu.native()
+    program = compile_training(
+        model, loss=loss, optimizer=SGD(lr=0.1), batch=batch, cpu=cpu, **options
+    )
+    generator = np.random.default_rng(seed)
+    x = generator.standard_normal((batch, *shape)).astype(np.float32)
+    if loss == "cross-entropy":
+        y = generator.integers(0, model.outputs, batch).astype(np.int32)
+    else:
+        y = generator.integers(0, 2, (batch, model.outputs)).astype(np.float32)
+    return SimpleNamespace(
+        model=model, program=program, outside=Outside(program, cpu), x=x, y=y, loss=loss, cpu=cpu
+    )
+
+
+def gradient(run, mask=None, bound=1.0, x=None):
+    mask = np.ones(len(run.x), np.float32) if mask is None else np.asarray(mask, np.float32)
+    x = run.x if x is None else x
+    return unpack(run.program, run.outside.gradient(x, run.y, mask, run.model.parameters, bound))
+
+
+def oracle(net, run, mask=None, bound=1.0):
+    """Clipped sums by micro-batches of one, clipped and added in float64."""
+    net.load_state_dict({n: torch.tensor(v) for n, v in run.model.parameters.items()})
+    sums = {n: np.zeros(p.shape) for n, p in net.named_parameters()}
+    for i in range(len(run.x)):
+        if mask is not None and not mask[i]:
+            continue
+        net.zero_grad()
+        LOSSES[run.loss](
+            net(torch.tensor(run.x[i : i + 1])), torch.tensor(run.y[i : i + 1])
+        ).backward()
+        own = {n: p.grad.double().numpy() for n, p in net.named_parameters()}
+        norm = np.sqrt(sum((g**2).sum() for g in own.values()))
+        factor = 1.0 if bound is None else min(1.0, bound / max(norm, 1e-30))
+        for name, g in own.items():
+            sums[name] += factor * g
+    return sums
+
+
+def close(found, expected):
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        error = np.abs(found[name] - value).max() / max(np.abs(value).max(), 1e-12)
+        assert error <= TOLERANCE, f"{name}: relative error {error:.1e}"
+
+
+CNN = (
+    nn.Sequential(
+        *(nn.Conv2d(1, 16, 8, 2, 2), nn.Tanh(), nn.MaxPool2d(2, 1)),
+        *(nn.Conv2d(16, 32, 4, 2), nn.Tanh(), nn.MaxPool2d(2, 1)),
+        *(nn.Flatten(), nn.Linear(512, 32), nn.Tanh(), nn.Linear(32, 10)),
+    ),
+    lambda: T.Sequential(
+        *(T.Conv2d(1, 16, 8, 2, 2), T.Tanh(), T.MaxPool2d(2, 1)),
+        *(T.Conv2d(16, 32, 4, 2), T.Tanh(), T.MaxPool2d(2, 1)),
+        *(T.Flatten(), T.Linear(512, 32), T.Tanh(), T.Linear(32, 10)),
+    ),
+    (1, 28, 28),
+)
+RESIDUAL = (
+    nn.Sequential(
+        nn.Conv2d(3, 8, 3, 1, 1),
+        nn.Residual(nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1)),
+        nn.Residual(nn.Conv2d(8, 12, 3, 2, 1), nn.SiLU(), shortcut=nn.Conv2d(8, 12, 1, 2, bias=False)),
+        nn.Concat(nn.Conv2d(12, 5, 1), nn.AvgPool2d(3, 1, 1)),
+        *(nn.GlobalAvgPool2d(), nn.Flatten(), nn.Linear(17, 4)),
+    ),
+    lambda: T.Sequential(
+        T.Conv2d(3, 8, 3, 1, 1),
+        Residual(T.GroupNorm(4, 8), T.ReLU(), T.Conv2d(8, 8, 3, 1, 1)),
+        Residual(T.Conv2d(8, 12, 3, 2, 1), T.SiLU(), shortcut=T.Conv2d(8, 12, 1, 2, bias=False)),
+        Concat(T.Conv2d(12, 5, 1), T.AvgPool2d(3, 1, 1)),
+        *(T.AdaptiveAvgPool2d(1), T.Flatten(), T.Linear(17, 4)),
+    ),
+    (3, 9, 9),
+)
+ROWS = (
+    nn.Sequential(
+        *(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 6, bias=False)),
+        *(nn.Softmax(), nn.LayerNorm((5, 6)), nn.Flatten(), nn.Linear(30, 3), nn.Sigmoid()),
+    ),
+    lambda: T.Sequential(
+        *(T.Linear(6, 8), T.LayerNorm(8), T.GELU(), T.Linear(8, 6, bias=False)),
+        *(T.Softmax(-1), T.LayerNorm((5, 6)), T.Flatten(), T.Linear(30, 3), T.Sigmoid()),
+    ),
+    (5, 6),
+)
+IMAGE_NORM = (
+    nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.LayerNorm((4, 4, 6)), nn.GELU("tanh"), nn.Flatten()),
+        *(nn.Reshape((4, 4, 6)), nn.Conv2d(4, 2, 2), nn.Flatten(), nn.Linear(30, 2)),
+    ),
+    lambda: T.Sequential(
+        *(T.Conv2d(3, 4, 3), T.LayerNorm((4, 4, 6)), T.GELU("tanh"), T.Flatten()),
+        *(T.Unflatten(1, (4, 4, 6)), T.Conv2d(4, 2, 2), T.Flatten(), T.Linear(30, 2)),
+    ),
+    (3, 6, 8),
+)
+NETS = {
+    "logistic": (nn.Linear(30, 1), lambda: T.Linear(30, 1), (30,)),
+    "cnn": CNN,
+    "residual": RESIDUAL,
+    "rows": ROWS,
+    "image-norm": IMAGE_NORM,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("logistic", "binary-cross-entropy"),
+        ("cnn", "cross-entropy"),
+        ("residual", "cross-entropy"),
+        ("rows", "binary-cross-entropy"),
+        ("image-norm", "mean-squared-error"),
+    ],
+)
+def test_programs_sum_clipped_gradients_and_predict(name, loss):
+    net, theirs, shape = NETS[name]
+    run, reference = compiled(net, shape, loss, batch=5, seed=2), theirs()
+    mask = [1, 0, 1, 1, 1]
+    for bound in (0.05, 1e3):  # everything clipped, nothing clipped
+        close(gradient(run, mask, bound), oracle(reference, run, mask, bound))
+    with torch.no_grad():
+        expected = reference(torch.tensor(run.x)).numpy()
+    predicted = run.outside.predict(run.x, run.model.parameters)
+    np.testing.assert_allclose(predicted, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_without_clipping_the_unmasked_gradients_are_summed():
+    net, theirs, shape = RESIDUAL
+    run = compiled(net, shape, private=False)
+    assert {norm for _, norm in run.program.clipping} == {"none"}
+    close(gradient(run, [1, 1, 0, 1]), oracle(theirs(), run, [1, 1, 0, 1], None))
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=4),
+    bias=st.booleans(),
+    batch=st.integers(1, 9),
+    activation=st.sampled_from(["Tanh", "Sigmoid", "SiLU", "GELU"]),
+    seed=st.integers(0, 99),
+)
+def test_linear_layers_of_any_shape(sizes, bias, batch, activation, seed):
+    pairs = list(zip(sizes, sizes[1:], strict=False))
+    ours, theirs = [], []
+    for a, b in pairs:
+        ours += [nn.Linear(a, b, bias=bias), getattr(nn, activation)()]
+        theirs += [T.Linear(a, b, bias=bias), getattr(T, activation)()]
+    run = compiled(
+        nn.Sequential(*ours), (sizes[0],), "mean-squared-error", batch=batch, seed=seed
+    )
+    close(gradient(run, bound=0.1), oracle(T.Sequential(*theirs), run, bound=0.1))
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    channels=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)),
+    size=st.tuples(st.integers(4, 9), st.integers(4, 9)),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_convolutions_of_any_shape(channels, size, kernel, stride, padding, bias, seed):
+    a, b, c = channels
+    ours = [nn.Conv2d(a, b, kernel, stride, padding, bias=bias), nn.Tanh(), nn.Conv2d(b, c, 1)]
+    theirs = [T.Conv2d(a, b, kernel, stride, padding, bias=bias), T.Tanh(), T.Conv2d(b, c, 1)]
+    run = compiled(
+        nn.Sequential(*ours, nn.Flatten()), (a, *size), "mean-squared-error", batch=3, seed=seed
+    )
+    close(gradient(run, bound=0.1), oracle(T.Sequential(*theirs, T.Flatten()), run, bound=0.1))
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    net = nn.Sequential(
+        *(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(36, 6), nn.ReLU(), nn.Linear(6, 3)),
+    )
+    return compiled(net, (2, 8, 8), batch=4)
+
+
+def test_an_empty_batch_sums_to_exactly_zero(mixed):
+    for value in gradient(mixed, np.zeros(4), x=np.zeros_like(mixed.x)).values():
+        assert not value.any()
+
+
+def test_a_masked_example_changes_nothing_not_one_bit(mixed):
+    mask = [1, 0, 1, 1]
+    expected = gradient(mixed, mask)
+    for poison in (1e30, np.nan, np.inf):
+        x = mixed.x.copy()
+        x[1] = poison
+        found = gradient(mixed, mask, x=x)
+        for name, value in expected.items():
+            assert np.array_equal(found[name], value), name
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("everywhere", [True, False], ids=["whole", "one-number"])
+def test_an_example_that_is_not_finite_counts_exactly_zero(mixed, poison, everywhere):
+    x = mixed.x.copy()
+    x[(2,) if everywhere else (2, 1, 4, 4)] = poison
+    found, expected = gradient(mixed, x=x), gradient(mixed, [1, 1, 0, 1])
+    for name, value in found.items():
+        assert np.isfinite(value).all(), name
+        if np.isnan(poison):  # infinities may saturate to a finite, clipped gradient
+            assert np.array_equal(value, expected[name]), name
+
+
+def test_a_label_outside_the_classes_counts_exactly_zero(mixed):
+    expected = gradient(mixed, [1, 1, 1, 0])
+    for label in (-1, 3, 2**31 - 1):
+        kept, mixed.y[3] = mixed.y[3], label
+        try:
+            found = gradient(mixed)
+        finally:
+            mixed.y[3] = kept
+        for name, value in expected.items():
+            assert np.array_equal(found[name], value), name
+
+
+def test_no_clipped_gradient_is_longer_than_the_threshold(mixed):
+    for i in range(4):
+        for bound in (1e-3, 0.1):
+            own = gradient(mixed, np.eye(4)[i], bound)
+            norm = np.sqrt(sum((g.astype(float) ** 2).sum() for g in own.values()))
+            assert 0.99 * bound < norm <= bound
+
+
+def test_results_are_the_same_bits_run_after_run(mixed):
+    first, second = gradient(mixed), gradient(mixed)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_memory_is_shared_only_by_buffers_that_never_live_together(data):
+    buffers = [Buffer(bytes=data.draw(st.integers(1, 500))) for _ in range(8)]
+    fixed = Buffer(bytes=4, offset=0)
+    steps = [
+        ("k", (fixed, *data.draw(st.lists(st.sampled_from(buffers), min_size=1, max_size=4))))
+        for _ in range(10)
+    ]
+    end = allocate(steps, 128)
+    lives = {}
+    for i, (_, named) in enumerate(steps):
+        for b in named[1:]:
+            first, _ = lives.get(id(b), (i, i))
+            lives[id(b)] = (first, i)
+    used = [b for b in buffers if id(b) in lives]
+    assert fixed.offset == 0
+    for b in used:
+        assert b.offset % 64 == 0
+        assert 128 <= b.offset
+        assert b.offset + b.bytes <= end
+    for a in used:
+        for b in used:
+            together = lives[id(a)][0] <= lives[id(b)][1] and lives[id(b)][0] <= lives[id(a)][1]
+            apart = a.offset + a.bytes <= b.offset or b.offset + b.bytes <= a.offset
+            assert a is b or not together or apart
+
+
+def test_a_description_names_every_byte(mixed):
+    program = mixed.program
+    described = program.description()
+    assert [k["name"] for k in described["kernels"]] == list(program.kernels)
+    for kernel, entry in zip(program.kernels.values(), described["kernels"], strict=True):
+        assert entry["args"] == kernel_object.argument_bytes(kernel)
+    for phase in ("gradient", "predict", "update"):
+        for k, *offsets in described[phase]:
+            sizes = described["kernels"][k]["args"]
+            assert len(sizes) == len(offsets) <= kernel_object.MAX_ARGUMENTS
+            for offset, size in zip(offsets, sizes, strict=True):
+                assert offset % 64 == 0
+                assert 0 <= offset <= offset + size <= program.arena
+    assert described["buffers"]["x"] == [0, 4 * math.prod(mixed.x.shape)]
+    ends = sorted((o, o + size) for o, size in program.buffers.values())
+    assert all(end <= start for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
+    assert [c["layer"] for c in described["clipping"]] == ["0", "1", "5", "7"]
+    assert program.features == 128
+    assert program.label_bytes == 4
+    flat = pack(described["parameters"], mixed.model.parameters)
+    assert flat.nbytes == program.buffers["weights"][1] == program.buffers["gradient"][1]
+
+
+def test_the_same_model_makes_the_same_program(mixed):
+    again = compile_training(
+        mixed.model, loss="cross-entropy", optimizer=SGD(lr=0.1), batch=4, cpu=mixed.cpu
+    )
+    assert again.description() == mixed.program.description()
+    assert kernel_object.build(again.kernels, mixed.cpu) == kernel_object.build(
+        mixed.program.kernels, mixed.cpu
+    )
+
+
+def test_a_dump_holds_every_pass_and_every_kernel(tmp_path):
+    run = compiled(nn.Linear(3, 2), (3,), dump=tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert [name.partition("-")[2] for name in names[:9]] == [
+        *("import.py", "check-parameters.py", "add-probes.py", "add-seed.py", "differentiate.py"),
+        *("keep-adjoints.py", "remove-probes.py", "bind-loss.py", "clip-and-sum.py"),
+    ]
+    assert len(names) == 10 + len(run.program.kernels)
+    assert "linear-gradient" in (tmp_path / names[8]).read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"loss": "hinge"}, "'hinge' is no loss"),
+        ({"batch": 0}, "at least 1 example, not 0"),
+        ({"batch": 1 << 28}, "use a smaller physical batch"),
+    ],
+)
+def test_programs_that_cannot_be_are_refused(options, reason):
+    model = load(nn.Linear(3, 2), (3,))
+    asked = {"loss": "cross-entropy", "batch": 4, **options}
+    with pytest.raises(ModelRefused, match=reason):
+        compile_training(model, optimizer=Adam(), cpu=Cpu.native(), **asked)
+
+
+def test_cross_entropy_of_one_output_is_refused():
+    with pytest.raises(ModelRefused, match="use binary-cross-entropy for one"):
+        compile_training(
+            load(nn.Linear(3, 1), (3,)),
+            loss="cross-entropy",
+            optimizer=Adam(),
+            batch=2,
+            cpu=Cpu.native(),
+        )
+
+
+def test_data_of_another_size_is_refused(mixed):
+    with pytest.raises(DataRefused, match="x has 3 numbers, the program takes 512"):
+        mixed.outside.predict(np.zeros(3, np.float32), mixed.model.parameters)
