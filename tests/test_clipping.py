@@ -1,0 +1,123 @@
+"""How norms are taken: the choice, the bounds, and that what is chosen does not change the sum."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from myelin import clipping, nn, training
+from myelin.cpu import Cpu
+from myelin.kernels.conv import Conv
+from myelin.model import load
+from myelin.optimizer import SGD
+from myelin.plan import Outside, compile_training
+from myelin.training import Recipe
+
+
+def recipe(model, **options):
+    return Recipe(names=tuple(model.shapes), loss="cross-entropy", **options)
+
+
+def methods(model, batch, **options):
+    return [how for _, how in clipping.methods(model.relax(batch), recipe(model, **options))]
+
+
+def test_a_linear_layer_on_rows_needs_no_gradient_for_its_norm():
+    assert methods(load(nn.Linear(3, 2), (3,)), 4) == ["product"]
+
+
+def test_scales_and_small_convolutions_are_stored():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Flatten())
+    assert methods(load(net, (1, 20, 20)), 4) == ["stored", "stored"]
+
+
+def test_what_exceeds_the_memory_budget_is_taken_from_gram_matrices():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten())
+    stored_bytes = 4 * 4 * 36
+    model = load(net, (1, 20, 20))
+    assert methods(model, 4, stored_bytes=stored_bytes) == ["stored"]
+    assert methods(model, 4, stored_bytes=stored_bytes - 1) == ["gram"]
+
+
+def test_large_layers_on_small_images_are_taken_from_gram_matrices():
+    net = nn.Sequential(nn.Conv2d(64, 64, 3, 1, 1), nn.Flatten())
+    assert methods(load(net, (64, 2, 2)), 8) == ["gram"]
+
+
+def test_the_choice_does_not_change_the_sum(monkeypatch):
+    net = nn.Sequential(
+        *(nn.Conv2d(2, 5, 3, 2, 1), nn.Tanh(), nn.Conv2d(5, 4, 2), nn.Tanh(), nn.Flatten()),
+        nn.Linear(36, 3),
+    )
+    model, cpu = load(net, (2, 8, 8), seed=1), Cpu.native()
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((6, 2, 8, 8)).astype(np.float32)
+    y = generator.integers(0, 3, 6).astype(np.int32)
+    sums = {}
+    for how in ("stored", "gram"):
+        monkeypatch.setattr(
+            clipping,
+            "method",
+            lambda layer, _, how=how: how if layer.kind == "conv2d" else "product",
+        )
+        program = compile_training(
+            model, loss="cross-entropy", optimizer=SGD(lr=1.0), batch=6, cpu=cpu
+        )
+        assert [norm for _, norm in program.clipping] == [how, how, "product"]
+        mask = np.array([1, 1, 1, 0, 1, 1], np.float32)
+        sums[how] = Outside(program, cpu).gradient(x, y, mask, model.parameters, 0.2)
+    largest = np.abs(sums["stored"]).max()
+    np.testing.assert_allclose(sums["gram"], sums["stored"], atol=1e-4 * largest)
+
+
+def test_many_layers_add_their_norms_in_several_kernels():
+    """A kernel has at most 14 arguments; a deep net has more norms than that."""
+    layers = [layer for _ in range(14) for layer in (nn.Linear(3, 3), nn.LayerNorm(3))]
+    model, cpu = load(nn.Sequential(*layers), (3,), seed=0), Cpu.native()
+    module = training.training_graph(model.relax(2), recipe(model))
+    calls = [
+        b.value.args
+        for b in training.bindings(module["main"])
+        if training.operator(b.value) == "relax.call_dps_packed"
+    ]
+    names = [str(arguments[0].global_symbol) for arguments in calls]
+    assert names.count("myelin.norm-sum") == 4
+    assert names.count("myelin.clip-factors") == 1
+    program = compile_training(
+        model, loss="cross-entropy", optimizer=SGD(lr=1.0), batch=2, cpu=cpu
+    )
+    outside = Outside(program, cpu)
+    x, y = np.array([[1, 2, 3], [3, -1, 0]], np.float32), np.array([0, 1], np.int32)
+    for bound in (0.5, 1e6):
+        own = outside.gradient(x, y, np.array([1, 0], np.float32), model.parameters, bound)
+        norm = np.sqrt((own.astype(float) ** 2).sum())
+        assert norm <= bound
+        if bound == 0.5:
+            assert norm >= 0.5 * (1 - 1e-4)
+
+
+def test_additions_bound_the_roundings_over_a_batch():
+    linear = load(nn.Linear(3, 2), (3,))
+    stored = load(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()), (1, 9, 9))
+    assert clipping.additions(stored.relax(64), recipe(stored)) == 2
+    few, many = (clipping.additions(linear.relax(n), recipe(linear)) for n in (8, 512))
+    assert 8 <= few < many <= 512
+
+
+@given(st.floats(1e-12, 1.0))
+def test_bounds_written_as_integers_are_never_smaller(value):
+    written = clipping.real(clipping.fixed(value))
+    assert value <= written <= value + 2**-52
+
+
+def test_a_convolution_survives_as_attributes():
+    conv = Conv(n=2, h=5, w=6, ci=3, co=4, kh=2, kw=3, stride=(2, 1), padding=(1, 0, 2, 1))
+    assert clipping.from_fields(clipping.fields(conv)) == conv
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3)])
+def test_a_linear_layer_on_lists_of_rows_is_a_convolution(shape):
+    model = load(nn.Sequential(nn.Linear(shape[1], 4), nn.Flatten()), shape)
+    (layer,) = training.layers(model.relax(7)["main"], recipe(model))
+    rows, size = shape
+    assert clipping.convolution(layer) == Conv(n=7, h=rows, w=1, ci=size, co=4, kh=1, kw=1)
