@@ -70,7 +70,7 @@ size:
 
 wheel: setup $(VENV)/.dev
 	rm -rf build/wheel
-	$(BIN)/python -m build --wheel --outdir build/wheel .
+	$(BIN)/python -m build --wheel --outdir build/wheel -C--build-option=--plat-name=manylinux2014_x86_64 .
 
 docs: $(VENV)/.dev
 	$(BIN)/pytest tests/test_docs.py

@@ -134,6 +134,7 @@ def run(folder: Path, tell: Teller, *, backend: Backend = "process") -> dict[str
 
     receipt_path, weights_path = folder / "receipt.cbor", folder / "weights.safetensors"
     receipt_path.write_bytes(finished)
+    (folder / "endorsements.json").write_text(endorsements)
     verified = receipt.verify(finished, policy, endorsements, int(time.time()))
     plaintext = seal.open_output(
         cast.university,
