@@ -83,9 +83,7 @@ def test_many_layers_add_their_norms_in_several_kernels():
     names = [str(arguments[0].global_symbol) for arguments in calls]
     assert names.count("myelin.norm-sum") == 4
     assert names.count("myelin.clip-factors") == 1
-    program = compile_training(
-        model, loss="cross-entropy", optimizer=SGD(lr=1.0), batch=2, cpu=cpu
-    )
+    program = compile_training(model, loss="cross-entropy", optimizer=SGD(lr=1.0), batch=2, cpu=cpu)
     outside = Outside(program, cpu)
     x, y = np.array([[1, 2, 3], [3, -1, 0]], np.float32), np.array([0, 1], np.int32)
     for bound in (0.5, 1e6):

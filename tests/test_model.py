@@ -167,7 +167,12 @@ T = torch.nn
         (Mixing(), (4,), "concat", "mixes examples"),
         (frozen(), (4,), "0", "is frozen"),
         (T.Sequential(T.Linear(4, 4)).double(), (4,), "0", "torch.float64"),
-        (T.Sequential(T.MaxPool2d(2, ceil_mode=True), T.Flatten()), (3, 5, 5), "max_pool2d", "ceil"),
+        (
+            T.Sequential(T.MaxPool2d(2, ceil_mode=True), T.Flatten()),
+            (3, 5, 5),
+            "max_pool2d",
+            "ceil",
+        ),
     ],
 )
 def test_layers_without_private_gradients_are_refused_by_name(net, shape, layer, why):

@@ -29,7 +29,9 @@ def test_parameters_are_named_and_shaped_as_in_pytorch():
 
 
 def test_weights_are_drawn_as_pytorch_draws_them_and_from_the_seed_alone():
-    net = nn.Sequential(nn.Conv2d(16, 32, 5), nn.Flatten(), nn.Linear(32 * 16, 64), nn.LayerNorm(64))
+    net = nn.Sequential(
+        nn.Conv2d(16, 32, 5), nn.Flatten(), nn.Linear(32 * 16, 64), nn.LayerNorm(64)
+    )
     model = load(net, (16, 8, 8), seed=3)
     for name, fan_in in (("0", 16 * 25), ("2", 32 * 16)):
         bound = 1 / np.sqrt(fan_in)  # kaiming_uniform_(a=√5), and PyTorch's bias

@@ -50,7 +50,9 @@ def test_updates_are_those_of_pytorch(ours, theirs):
             parameter.grad = torch.tensor(gradient[name])
         optimizer.step()
         for name, parameter in reference.items():
-            np.testing.assert_allclose(weights[name], parameter.detach().numpy(), rtol=2e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                weights[name], parameter.detach().numpy(), rtol=2e-5, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize("optimizer", [SGD(lr=0.5, momentum=0.9), Adam(betas=(0.8, 0.95))])

@@ -1,6 +1,7 @@
 """Whole programs, run outside any enclave, against PyTorch on micro-batches of one."""
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -121,7 +122,9 @@ RESIDUAL = (
     nn.Sequential(
         nn.Conv2d(3, 8, 3, 1, 1),
         nn.Residual(nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1)),
-        nn.Residual(nn.Conv2d(8, 12, 3, 2, 1), nn.SiLU(), shortcut=nn.Conv2d(8, 12, 1, 2, bias=False)),
+        nn.Residual(
+            nn.Conv2d(8, 12, 3, 2, 1), nn.SiLU(), shortcut=nn.Conv2d(8, 12, 1, 2, bias=False)
+        ),
         nn.Concat(nn.Conv2d(12, 5, 1), nn.AvgPool2d(3, 1, 1)),
         *(nn.GlobalAvgPool2d(), nn.Flatten(), nn.Linear(17, 4)),
     ),
@@ -203,14 +206,11 @@ def test_without_clipping_the_unmasked_gradients_are_summed():
     seed=st.integers(0, 99),
 )
 def test_linear_layers_of_any_shape(sizes, bias, batch, activation, seed):
-    pairs = list(zip(sizes, sizes[1:], strict=False))
     ours, theirs = [], []
-    for a, b in pairs:
+    for a, b in pairwise(sizes):
         ours += [nn.Linear(a, b, bias=bias), getattr(nn, activation)()]
         theirs += [T.Linear(a, b, bias=bias), getattr(T, activation)()]
-    run = compiled(
-        nn.Sequential(*ours), (sizes[0],), "mean-squared-error", batch=batch, seed=seed
-    )
+    run = compiled(nn.Sequential(*ours), (sizes[0],), "mean-squared-error", batch=batch, seed=seed)
     close(gradient(run, bound=0.1), oracle(T.Sequential(*theirs), run, bound=0.1))
 
 
@@ -315,7 +315,7 @@ def test_memory_is_shared_only_by_buffers_that_never_live_together(data):
     assert fixed.offset == 0
     for b in used:
         assert b.offset % 64 == 0
-        assert 128 <= b.offset
+        assert b.offset >= 128
         assert b.offset + b.bytes <= end
     for a in used:
         for b in used:
@@ -339,7 +339,7 @@ def test_a_description_names_every_byte(mixed):
                 assert 0 <= offset <= offset + size <= program.arena
     assert described["buffers"]["x"] == [0, 4 * math.prod(mixed.x.shape)]
     ends = sorted((o, o + size) for o, size in program.buffers.values())
-    assert all(end <= start for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(ends))
     assert [c["layer"] for c in described["clipping"]] == ["0", "1", "5", "7"]
     assert program.features == 128
     assert program.label_bytes == 4

@@ -1,7 +1,7 @@
 """Every pass: what it makes of a small graph, and that numbers stay what they should be.
 
-Graphs are compared structurally with expected TVMScript; numbers are run by TVM's own virtual machine,
-with numpy in place of our kernels, against PyTorch's autograd.
+Graphs are compared structurally with expected TVMScript; numbers are run by TVM's own virtual
+machine, with numpy in place of our kernels, against PyTorch's autograd.
 """
 
 import numpy as np
@@ -22,7 +22,9 @@ BATCH = 4
 
 
 def small():
-    return load(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2, bias=False)), (3,), seed=1)
+    return load(
+        nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2, bias=False)), (3,), seed=1
+    )
 
 
 def recipe(model, **options):
@@ -47,9 +49,7 @@ def data():
 
 
 def weights(model):
-    return [
-        np.ascontiguousarray(v.transpose(model.layout(n))) for n, v in model.parameters.items()
-    ]
+    return [np.ascontiguousarray(v.transpose(model.layout(n))) for n, v in model.parameters.items()]
 
 
 def evaluate(module, *arrays):

@@ -46,7 +46,7 @@ def test_refusals_name_the_parameter_and_what_is_needed():
         pack(places, {**good, "w": good["w"].astype(float)})
     with pytest.raises(DataRefused, match=r"flat weights are float32\[31\]"):
         unpack(places, np.zeros(31, np.float32))
-    with pytest.raises(DataRefused, match="layout .0, 0. permutes no axes"):
+    with pytest.raises(DataRefused, match=r"layout \(0, 0\) permutes no axes"):
         Parameter(name="w", shape=(2, 3), layout=(0, 0), offset=0)
     with pytest.raises(DataRefused, match="offset 4 is no multiple of 64"):
         Parameter(name="w", shape=(2, 3), layout=(0, 1), offset=4)

@@ -4,13 +4,14 @@ For every operator with parameters the gradient of example i is a product of its
 adjoint d_i, so its norm needs no gradient to be formed, or one that is then kept:
 
 - *product*: a linear layer on rows, |x_i|² |d_i|² (+ |d_i|² for the bias); costs nothing.
-- *stored*: convolutions, biases over pixels, scales and linear layers on lists of rows: the gradient
-  of each example is formed once, its norm taken of exactly these numbers, and c_i g_i summed later.
+- *stored*: convolutions, biases over pixels, scales and linear layers on lists of rows: the
+  gradient of each example is formed once, its norm taken of exactly these numbers, and c_i g_i
+  summed later.
 - *gram*: convolutions whose stored gradients are too large or too slow: the norm from pixel Gram
   matrices with a rounding bound, then one weighted weight gradient.
 
-The factor of example i is c_i = mask_i · min(1, C / n_i) with C = hyper[0] and n_i an upper bound of
-its norm; an example that holds anything not finite counts exactly zero (Myelin's docs/privacy.md).
+The factor of example i is c_i = mask_i · min(1, C / n_i) with C = hyper[0] and n_i an upper bound
+of its norm; an example whose norm is not finite counts exactly zero.
 Results have the stored layouts: convolution weights flat in the order height, width, in, out.
 """
 
@@ -100,10 +101,9 @@ def additions(module: Any, recipe: Recipe) -> int:
         how = method(layer, recipe)
         if how == "product":
             longest = max(longest, linear_kernels.weighted_gradient_additions(n))
-        if how == "gram" or (recipe.clipping == "none" and layer.kind != "scale"):
-            if how != "product":
-                conv = convolution(layer)
-                longest = max(longest, conv_kernels.weighted_gradient_additions(conv))
+        elif how == "gram" or (recipe.clipping == "none" and layer.kind != "scale"):
+            conv = convolution(layer)
+            longest = max(longest, conv_kernels.weighted_gradient_additions(conv))
     return longest
 
 
@@ -115,9 +115,9 @@ def convolution(layer: Layer) -> Conv:
         return Conv(n=n, h=rows, w=1, ci=size, co=_shape(layer.call)[-1], kh=1, kw=1)
     co, _, kh, kw = _shape(layer.call.args[1])
     ci, h, w = rest
-    stride = tuple(int(s) for s in layer.call.attrs.strides)
-    padding = tuple(int(p) for p in layer.call.attrs.padding)
-    return Conv(n=n, h=h, w=w, ci=ci, co=co, kh=kh, kw=kw, stride=stride, padding=padding)
+    sh, sw = (int(s) for s in layer.call.attrs.strides)
+    top, left, bottom, right = (int(p) for p in layer.call.attrs.padding)
+    return from_fields([n, h, w, ci, co, kh, kw, sh, sw, top, left, bottom, right])
 
 
 def fields(conv: Conv) -> list[int]:
@@ -143,8 +143,8 @@ def real(number: int) -> float:
 
 
 CACHED, CACHED_COST = 16 << 20, 5
-"""Stored gradients of so many bytes stay in cache; a number of them then costs as much time as so many
-multiplications of `gram_norm` (measured: 256 examples, 12 × 12 × 16 → 32, 4 × 4: 1.3 ms against 3.4)."""
+"""Stored gradients of so many bytes stay in cache; a number of them then costs as much time as so
+many multiplications of `gram_norm` (256 examples, 12 × 12 × 16 → 32, 4 × 4: 1.3 ms against 3.4)."""
 
 
 class _Norms:

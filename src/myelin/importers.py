@@ -1,8 +1,8 @@
 """Front ends: PyTorch, ONNX and Relax, all read through Relax into the operators of `myelin.model`.
 
-Front ends say one thing in many ways (SiLU as x · sigmoid(x), group norm as a reshaped instance norm).
-The reader walks a Relax function once: what is an operator becomes a node at once, what may be part of
-one waits as an `Open` expression until its pattern closes, and what is neither is refused by name.
+Front ends say one thing in many ways (SiLU as x · sigmoid(x), group norm as a reshaped instance
+norm). The reader walks a Relax function once: what is an operator becomes a node at once, what may
+be part of one waits as an open expression until its pattern closes, and what is neither is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BATCH = 2
 
 _ADVICE = {
     "batch_norm": (
-        "batch normalisation mixes the examples of a batch, so no example has a gradient of its own",
+        "batch normalisation mixes the examples of a batch, so none has a gradient of its own",
         "use GroupNorm or LayerNorm instead",
     ),
     "instance_norm": (
@@ -41,15 +41,20 @@ _ADVICE["native_batch_norm"] = _ADVICE["batch_norm"]
 _ADVICE["alpha_dropout"] = _ADVICE["feature_dropout"] = _ADVICE["dropout"]
 
 _ATEN = frozenset(
-    ["conv2d", "linear", "group_norm", "layer_norm", "relu", "relu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "gelu", "silu", "silu_", "softmax", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "mean", "add", "add_", "flatten", "view", "reshape", "cat", "concat", "unsqueeze", "squeeze"]
+    (
+        *("conv2d", "linear", "group_norm", "layer_norm", "softmax", "mean"),
+        *("relu", "relu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "gelu", "silu", "silu_"),
+        *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "add", "add_", "cat", "concat"),
+        *("flatten", "view", "reshape", "squeeze", "unsqueeze"),
+    )
 )
 
 
 def from_torch(module: Any, example: Any) -> Model:
     """Read a `torch.nn.Module` by `torch.export` and TVM's front end.
 
-    `example` is an array or tensor whose first axis is the batch. Raises UnsupportedLayer naming the
-    module's own layer.
+    `example` is an array or tensor whose first axis is the batch. Raises UnsupportedLayer naming
+    the module's own layer.
     """
     import torch
     from tvm.relax.frontend.torch import from_exported_program
@@ -119,9 +124,9 @@ def from_onnx(path: Path, example: Any = None) -> Model:
 
 
 def from_relax(module: Any) -> Model:
-    """Read a Relax module whose function `main` takes x and then constants' variables.
+    """Read a Relax module whose `main` takes x and then its parameters.
 
-    Its parameters have no values: the function attribute `params` may hold them.
+    Their values are in the function attribute `params`, as TVM's front ends leave them.
     """
     from tvm.relax.frontend import detach_params
 
@@ -130,8 +135,8 @@ def from_relax(module: Any) -> Model:
     values = [tensor.numpy() for tensor in detached.get("main", [])]
     if len(values) != len(function.params) - 1:
         raise ModelRefused(
-            f"main has {len(function.params) - 1} parameters and {len(values)} values: attach them as "
-            "the function attribute `params`, as TVM's front ends do"
+            f"main has {len(function.params) - 1} parameters and {len(values)} values: attach them "
+            "as the function attribute `params`, as TVM's front ends do"
         )
     parameters = {
         var: (_plain(var.name), value)
@@ -303,8 +308,8 @@ class _Reader:
         if not shape or shape[0] != self._batch:
             raise UnsupportedLayer(
                 what,
-                f"its result {list(shape)} does not keep the batch of {self._batch} as first axis, so "
-                "it mixes examples",
+                f"its result {list(shape)} does not keep the batch of {self._batch} as first axis, "
+                "so it mixes examples",
                 "keep the batch in the first axis",
             )
         return tuple(shape[1:])
@@ -420,9 +425,9 @@ def _multiply(r: _Reader, _: Any, attrs: Any, args: _Args) -> _Found:
     a, b = args
     for x, y in ((a, b), (b, a)):
         node = r.node(y)
-        if isinstance(x, _Data) and node is not None and node.op == "sigmoid":
-            if node.inputs == (x.name,):
-                return r.append("silu", x.name)
+        maker = None if node is None else (node.op, node.inputs)
+        if isinstance(x, _Data) and maker == ("sigmoid", (x.name,)):
+            return r.append("silu", x.name)
         before = r.node(x)
         if isinstance(y, _Weight) and before is not None and before.op.endswith("_norm"):
             _single(r, x)

@@ -1,7 +1,7 @@
 """Models: one small closed graph, whatever they were written in.
 
-`load` reads a `torch.nn.Module`, an ONNX file, layers of `myelin.nn` or a Relax module and returns a
-`Model`: operators of the table below on named parameters, channels first. `Model.document` writes
+`load` reads a `torch.nn.Module`, an ONNX file, layers of `myelin.nn` or a Relax module and returns
+a `Model`: operators of the table below on named parameters, channels first. `Model.document` writes
 the graph without weights as canonical JSON, from which anybody can rebuild the same image with
 neither torch nor ONNX. `Model.relax` emits the graph for a batch size, as the compiler's input.
 
@@ -47,8 +47,8 @@ class Node:
 class Model:
     """A graph and, unless it came from a document, the values of its parameters.
 
-    `input` is the shape of one example, `shapes` and `parameters` map a parameter's name to its shape
-    and its float32 value in the framework's own axis order (linear [out, in], conv [out, in, kh, kw]).
+    `input` is the shape of one example, `shapes` and `parameters` map a parameter's name to its
+    shape and its float32 value in PyTorch's axis order (linear [out, in], conv [out, in, kh, kw]).
     """
 
     input: Shape
@@ -74,10 +74,11 @@ class Model:
         unused = set(self.shapes) - {name for node in self.nodes for name in node.inputs}
         if unused:
             raise ModelRefused(f"parameter {min(unused)} is used by no operator: remove it")
-        if len(values[f"%{len(self.nodes) - 1}"]) != 1:
+        output = values[f"%{len(self.nodes) - 1}"]
+        if len(output) != 1:
             raise ModelRefused(
-                f"the output of an example has shape {values[f'%{len(self.nodes) - 1}']}, but must be a "
-                "row of numbers: end with a flatten"
+                f"the output of an example has shape {output}, but must be a row of numbers: "
+                "end with a flatten"
             )
         for name, value in self.parameters.items():
             if value.shape != self.shapes.get(name) or value.dtype != np.float32:
@@ -170,10 +171,10 @@ class Model:
     def relax(self, batch: int) -> Any:
         """The graph as a Relax module with one function `main(x, parameters…) -> output`.
 
-        Values are [batch, …] float32, images channels first; a linear layer's weight is the variable
-        [in, out], as it is stored, every other parameter has its own axis order. Layer and group norm
-        are a normalisation by `relax.nn.*_norm` with unit scale, then scale and shift as operators of
-        their own, so that everything that touches a parameter is linear in it.
+        Values are [batch, …] float32, images channels first; a linear layer's weight is the
+        variable [in, out], as it is stored, every other parameter has its own axis order. Layer and
+        group norm are a normalisation by `relax.nn.*_norm` with unit scale, then scale and shift as
+        operators of their own, so that everything that touches a parameter is linear in it.
         """
         import tvm
         from tvm import relax
@@ -529,8 +530,9 @@ OPERATORS: dict[str, Operator] = {
 def load(source: Any, example: Any = None, *, seed: int | np.random.Generator = 0) -> Model:
     """Read a model.
 
-    `source`: a `torch.nn.Module`, the path of an .onnx file, a layer of `myelin.nn`, or a Relax module.
-    `example`: an array of one or more examples, batch first (or for layers the shape of one example).
+    `source`: a `torch.nn.Module`, the path of an .onnx file, a layer of `myelin.nn`, or a Relax
+    module. `example`: an array of one or more examples, batch first (or for layers the shape of
+    one example as a tuple).
     `seed`: where the weights of `myelin.nn` layers are drawn from; the others bring their own.
     Raises UnsupportedLayer or ModelRefused, naming the layer, why, and what to do.
     """

@@ -39,7 +39,7 @@ class SGD:
         return weights if self.momentum else _STATELESS
 
     def kernel(self, cpu: Any, weights: int) -> Any:
-        """The update of all weights: (weights, state, gradient, hyper), in place on the first two."""
+        """The update of all weights: (weights, state, gradient, hyper), in place on two."""
         from myelin.kernels import update
 
         return update.sgd(
@@ -74,7 +74,7 @@ class Adam:
         return 2 * weights
 
     def kernel(self, cpu: Any, weights: int) -> Any:
-        """The update of all weights: (weights, state, gradient, hyper), in place on the first two."""
+        """The update of all weights: (weights, state, gradient, hyper), in place on two."""
         from myelin.kernels import update
 
         return update.adam(

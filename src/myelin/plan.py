@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tvm import DataType, ir, relax
-from tvm.script.ir_builder import tirx as T
+from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from myelin import clipping, training
 from myelin.cpu import Cpu
@@ -221,7 +221,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Value:
-    """A value in memory: its buffer, and its shape as stored (images batch, height, width, channels)."""
+    """A value in memory: its buffer, and its shape as stored (images channels last)."""
 
     buffer: Buffer
     stored: Shape
@@ -364,7 +364,7 @@ class Lowering:
             self.values[self._biased[var][0]] = y
 
     def target(self, var: Any) -> Any:
-        """The variable that holds the result in the end: the sum with its bias where there is one."""
+        """The variable that holds the result in the end: with its bias where there is one."""
         return self._biased[var][0] if var in self._biased else var
 
     def temporary(self, stored: Shape) -> Value:
@@ -595,7 +595,7 @@ _HEAVY = {"relax.exp", "relax.tanh", "relax.sigmoid", "relax.erf"} | {
     f"relax.nn.{name}" for name in ("silu", "gelu", "gelu_tanh")
 }
 _HEAVY_OPERATIONS = 25
-"""Instructions of a transcendental function, roughly: decides whether a kernel is worth two threads."""
+"""Instructions of a transcendental function, roughly: is a kernel worth two threads?"""
 
 
 def _matmul(low: Lowering, var: Any, call: Any) -> None:
@@ -915,11 +915,8 @@ def _norms(low: Lowering, var: Any, call: Any) -> None:
     (n,) = _dims(var)
     bounds_ = [clipping.real(limit) for limit in limits]
     out = low.new(var, (n,))
-    build = (
-        lambda: template(
-            low.cpu, n, terms, grams, inflation=bounds_[:terms], kappa=bounds_[terms:]
-        )
-    )
+    inflation, kappa = bounds_[:terms], bounds_[terms:]
+    build = lambda: template(low.cpu, n, terms, grams, inflation=inflation, kappa=kappa)  # noqa: E731
     low.emit("norms", (name, n, terms, grams, *limits), build, inputs, [out])
     low.values[var] = out
 

@@ -6,8 +6,8 @@ The graph that comes out computes, for a physical batch, the sum of the examples
 
 Per-example gradients need no per-example program. With a *probe*, a zero added to the output of
 every operator that has parameters, the derivative with respect to a probe is a tensor with a row an
-example: the adjoint of that output. Norm, clip factor and clipped sum of an operator follow from its
-input and this adjoint (`myelin.clipping`). No loss is computed: Relax differentiates
+example: the adjoint of that output. Norm, clip factor and clipped sum of an operator follow from
+its input and this adjoint (`myelin.clipping`). No loss is computed: Relax differentiates
 L = Σ logits ⊙ seed, whose adjoint at the logits is `seed`, and the seed is then bound to the kernel
 of the loss's own derivative.
 
@@ -39,9 +39,10 @@ HYPER = 16
 class Recipe:
     """What the passes need to know besides the module.
 
-    `names`: the model's parameters, in the order of the function's. `clipping`: "per-example" bounds
-    every example's gradient; "none" sums the unmasked examples' gradients, for baselines outside any
-    enclave. `stored_bytes`: how much memory the per-example gradients of one operator may take.
+    `names`: the model's parameters, in the order of the function's. `clipping`: "per-example"
+    bounds every example's gradient; "none" sums the unmasked examples' gradients, for baselines
+    outside any enclave. `stored_bytes`: how much memory the per-example gradients of one operator
+    may take.
     """
 
     names: tuple[str, ...]
@@ -362,8 +363,8 @@ def kernel(
 ) -> Any:
     """A call of a kernel that Relax has no operator for: `myelin.NAME(arguments…, attributes)`.
 
-    `results` are the shapes of its float32 results; more than one make a tuple. Which kernel template
-    answers is decided in `myelin.plan`.
+    `results` are the shapes of its float32 results; more than one make a tuple. Which kernel
+    template answers is decided in `myelin.plan`.
     """
     types = [relax.TensorType(shape, "float32") for shape in results]
     return op.call_dps_packed(

@@ -79,7 +79,7 @@ def flat_size(places: Places) -> int:
 
 
 def pack(places: Places, values: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-    """The flat weights float32 [D]; raises DataRefused for a missing, extra or misshapen parameter."""
+    """The flat weights float32 [D]; raises DataRefused for missing or misshapen parameters."""
     parameters = _parameters(places)
     names = {p.name for p in parameters}
     if set(values) != names:
@@ -120,7 +120,7 @@ def align(offset: int) -> int:
 
 
 def _parameters(places: Places) -> list[Parameter]:
-    entries = getattr(places, "parameters", places)
+    entries: Any = getattr(places, "parameters", places)
     return [
         entry
         if isinstance(entry, Parameter)
