@@ -18,7 +18,7 @@ senders = {name: myelin.Party.generate(name) for name in (*data, "Registry")}
 university = myelin.Party.generate("University")
 
 privacy = myelin.Privacy.for_epsilon(
-    2.0, delta=1e-5, max_grad_norm=0.5, sample_rate=0.5, steps=50, records=480
+    2.0, delta=1e-5, max_grad_norm=0.1, sample_rate=0.5, steps=200, records=480
 )
 net, sgd = nn.Sequential(nn.Linear(30, 1)), myelin.SGD(lr=1.0, momentum=0.9)
 room = {"records": 480, "test": 160, "directory": folder}

@@ -22,7 +22,7 @@ net = nn.Sequential(nn.Linear(30, 1))
 other = nn.Sequential(nn.Linear(30, 2), nn.Tanh(), nn.Linear(2, 1))
 """
 BUILD = ("--shape", "30", "--loss", "binary-cross-entropy", "--records", "480", "--test", "160")
-PRIVACY = ("--epsilon", "2", "--steps", "50", "--sample-rate", "0.5", "--max-grad-norm", "0.5")
+PRIVACY = ("--epsilon", "2", "--steps", "200", "--sample-rate", "0.5", "--max-grad-norm", "0.1")
 SENDERS = {"north": "records", "river": "records", "hill": "records", "registry": "test"}
 
 
@@ -116,7 +116,7 @@ def test_every_sender_appraised_the_job_s_measurement(town: Town) -> None:
 def test_the_receipt_verifies_and_states_privacy_and_score(town: Town) -> None:
     answer = myelin("verify", town.exchange / "receipt.cbor", "--policy", town.policy)
     assert 0 < float(str(answer["epsilon"])) <= 2
-    assert answer["steps"] == 50
+    assert answer["steps"] == 200
     assert answer["neighboring_relation"] == "add-or-remove-one"
     assert answer["simulated"] is True
     assert float(str(answer["score"])) >= 0.92

@@ -46,13 +46,13 @@ OPTIMIZER = SGD(lr=1.0, momentum=0.9)
 
 
 def privacy() -> Privacy:
-    """Epsilon at most 2 at delta 1e-5, 50 steps with half of the records each."""
+    """Epsilon at most 2 at delta 1e-5, 200 steps with half of the records each."""
     return Privacy.for_epsilon(
         EPSILON,
         delta=DELTA,
-        max_grad_norm=0.5,
+        max_grad_norm=0.1,
         sample_rate=0.5,
-        steps=50,
+        steps=200,
         records=len(hospitals.NAMES) * CAPACITY,
     )
 
