@@ -46,7 +46,7 @@ $(NATIVE)/libmyelin_enclave-%.a: $(RUST)
 setup: $(VENV)/.demo $(NATIVE)/cell $(LEVELS:%=$(NATIVE)/libmyelin_enclave-%.a)
 
 demo: $(VENV)/.demo $(NATIVE)/cell $(NATIVE)/libmyelin_enclave-x86-64-v3.a
-	$(BIN)/myelin demo
+	@$(BIN)/myelin demo
 
 test: setup $(VENV)/.dev
 	cd enclave && cargo test --locked --quiet

@@ -694,7 +694,7 @@ def _answer(facts: dict[str, Any], as_json: bool) -> None:
 
 
 def _table(rows: list[tuple[str, ...]], *, header: bool = True) -> None:
-    table = Table(show_header=header, box=None, padding=(0, 2, 0, 3))
+    table = Table(show_header=header, box=None, padding=(0, 0, 0, 3))
     for title in rows[0]:
         table.add_column(title if header else "", overflow="fold")
     for row in rows[1:] if header else rows:

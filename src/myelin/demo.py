@@ -99,7 +99,10 @@ def run(folder: Path, tell: Teller, *, backend: Backend = "process") -> dict[str
     tell.say(SIMULATED)
     folder.mkdir(parents=True, exist_ok=True)
     cast = Cast.assemble()
-    _introduce(cast, tell)
+    tell.say(
+        "\n1. Three hospitals with records, a registry with test records, a university that wants"
+    )
+    tell.say(f"   a model. Each sender states a capacity of {CAPACITY}; true counts stay inside.")
     seconds = {}
 
     start = time.perf_counter()
@@ -166,17 +169,6 @@ def run(folder: Path, tell: Teller, *, backend: Backend = "process") -> dict[str
     }
 
 
-def _introduce(cast: Cast, tell: Teller) -> None:
-    tell.say("\n1. Three hospitals, a registry with test records, a university that wants a model")
-    tell.rows(
-        [
-            *((name, f"sends at most {CAPACITY} records, sealed") for name in cast.hospitals),
-            (cast.registry.name, f"sends at most {CAPACITY} test records, sealed"),
-            (cast.university.name, "receives the weights"),
-        ]
-    )
-
-
 def _make_image(folder: Path, tell: Teller) -> recipe.Build:
     tell.say("\n2. The model becomes an enclave image")
     built = recipe.build(
@@ -236,10 +228,10 @@ def _grant_all(
         granted = grant.grant(party, job, appraised, key, slot=send.slot, ledger=ledger)
         file.seek(0)
         service.accept(index, granted, file)
-        budget = "" if ledger is None else f", epsilon spent {ledger.spent:.3f} of {EPSILON:g}"
+        budget = "" if ledger is None else f"; epsilon spent: {ledger.spent:.3f} of {EPSILON:g}"
         tell.say(
-            f"   {party.name}: quote genuine under the TEST root, measurement and job as "
-            f"approved, TCB {appraised.platform.tcb_status}{budget}"
+            f"   {party.name}: genuine quote of the TEST root, measurement and job as approved, "
+            f"TCB {appraised.platform.tcb_status}{budget}"
         )
 
 
