@@ -92,10 +92,13 @@ def place(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Writes a file that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with draft.open("wb") as file:
-        for piece in [content] if isinstance(content, bytes) else content:
-            file.write(piece)
-    os.replace(draft, path)
+    try:
+        with draft.open("wb") as file:
+            for piece in [content] if isinstance(content, bytes) else content:
+                file.write(piece)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def wait(path: Path, *, seconds: float, what: str) -> bytes:
