@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from myelin.job import Job
 from myelin.optimizer import SGD
 from myelin.privacy import Privacy
 from myelin.service import serve
+
+OLD = b"evidence of an earlier instance"
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,7 @@ def test_grants_of_an_earlier_run_are_cleared_and_a_new_run_succeeds(
 ) -> None:
     approve(exchange, job)
     place(exchange.grant("records", 0), b"a grant to an instance that is gone")
-    place(exchange.evidence(0), b"evidence of it")
+    place(exchange.evidence(0), OLD)
     features = np.ones((5, 3), np.float32)
     sealed = exchange.sealed("records", 0)
     sealed.parent.mkdir()
@@ -92,10 +95,10 @@ def test_grants_of_an_earlier_run_are_cleared_and_a_new_run_succeeds(
     try:
         nonce = bytes(range(32))
         place(exchange.nonce(0), nonce)
-        for _ in range(100):
-            evidence = wait(exchange.evidence(0), seconds=20, what="host")
-            if evidence != b"evidence of it":
-                break
+        until = time.monotonic() + 20
+        while (evidence := wait(exchange.evidence(0), seconds=20, what="host")) == OLD:
+            assert time.monotonic() < until
+            time.sleep(0.01)
         endorsements = exchange.endorsements.read_text()
         fresh = appraise(evidence, endorsements, policy(job), nonce, NOW)
         ledger = Ledger.create(tmp_path / "ledger", epsilon=100, delta=1e-5)
