@@ -186,7 +186,15 @@ _DESCRIPTION = record(
         "batch": _SIZE,
         "threads": unsigned(16, least=1),
         "capacity": record({"records": _SIZE, "test": _SIZE}),
-        "record": record({"features": _SIZE, "label": _SIZE}),
+        "record": record(
+            {
+                "type": text("float32", "float16", "uint8"),
+                "unit": _SIZE,
+                "zero": unsigned((1 << 31) - 1),
+                "features": _SIZE,
+                "label": _SIZE,
+            }
+        ),
         "outputs": _SIZE,
         "arena": _SIZE,
         "heap": _SIZE,

@@ -15,8 +15,9 @@ use crate::{table, threads};
 
 /// Most arguments of a kernel.
 const ARGUMENTS: usize = 14;
-/// A kernel: all are called with this many arguments. The C convention passes them in registers and in the caller's
-/// frame, so that a kernel of fewer does not see the rest.
+/// A kernel. All are called with this many pointers, because in the System V convention that is the same call for a
+/// kernel of fewer: six go in registers that the callee may change anyway, the others lie in the caller's frame, which
+/// the caller alone removes. One signature keeps fourteen transmutes of function pointers out of the image.
 type Kernel = unsafe extern "C" fn(
     *mut u8,
     *mut u8,
@@ -75,12 +76,11 @@ impl Machine for Gate {
         self.heap_taken = true;
         // SAFETY: the linker script writes this table.
         let [start, end] = unsafe { __heap };
-        // SAFETY: the range is this image's own, nothing else lies there, and it is handed out once.
-        let heap = unsafe {
+        // SAFETY: the range is this image's own and mapped, nothing else lies there, any byte is one, and it is handed
+        // out once.
+        unsafe {
             core::slice::from_raw_parts_mut(ptr::with_exposed_provenance_mut(start), end - start)
-        };
-        wipe(heap);
-        heap
+        }
     }
 
     fn set_workspaces(&mut self, memory: &'static mut [u8], bytes: usize) {
@@ -126,11 +126,11 @@ impl Machine for Gate {
         }
     }
 
-    fn parallel_chunks(
+    fn parallel_chunks<T: Send>(
         &mut self,
-        out: &mut [f32],
+        out: &mut [T],
         chunk: usize,
-        f: &(dyn Fn(usize, &mut [f32]) + Sync),
+        f: &(dyn Fn(usize, &mut [T]) + Sync),
     ) {
         threads::chunks(out, chunk, f);
     }

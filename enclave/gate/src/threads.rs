@@ -60,20 +60,20 @@ pub fn serve() {
 }
 
 /// Runs `f(index, chunk)` for every chunk of `out` on all threads.
-pub fn chunks(out: &mut [f32], chunk: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) {
-    struct Loop<'a> {
-        out: *mut f32,
+pub fn chunks<T: Send>(out: &mut [T], chunk: usize, f: &(dyn Fn(usize, &mut [T]) + Sync)) {
+    struct Loop<'a, T> {
+        out: *mut T,
         len: usize,
         chunk: usize,
-        f: &'a (dyn Fn(usize, &mut [f32]) + Sync),
+        f: &'a (dyn Fn(usize, &mut [T]) + Sync),
     }
-    unsafe extern "C" fn task(
+    unsafe extern "C" fn task<T>(
         number: i32,
         environment: *mut Environment,
         data: *mut c_void,
     ) -> i32 {
         // SAFETY: `take` passes its own environment and the data posted below, which outlives the loop.
-        let (tasks, data) = unsafe { ((*environment).tasks as usize, &*data.cast::<Loop>()) };
+        let (tasks, data) = unsafe { ((*environment).tasks as usize, &*data.cast::<Loop<T>>()) };
         for index in (number as usize..data.len.div_ceil(data.chunk)).step_by(tasks) {
             let start = index * data.chunk;
             let len = data.chunk.min(data.len - start);
@@ -85,7 +85,7 @@ pub fn chunks(out: &mut [f32], chunk: usize, f: &(dyn Fn(usize, &mut [f32]) + Sy
     assert!(chunk > 0, "a chunk holds something");
     let tasks = out.len().div_ceil(chunk).min(MOST_TASKS);
     let mut data = Loop { out: out.as_mut_ptr(), len: out.len(), chunk, f };
-    let done = tasks == 0 || post(task, (&raw mut data).cast(), tasks);
+    let done = tasks == 0 || post(task::<T>, (&raw mut data).cast(), tasks);
     assert!(done, "a task may not start a loop");
 }
 

@@ -266,6 +266,8 @@ const COS: [f64; 7] = [
 mod tests {
     #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests fail by panics")]
 
+    extern crate std;
+
     use std::vec;
     use std::vec::Vec;
 

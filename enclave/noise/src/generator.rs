@@ -99,6 +99,8 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests fail by panics")]
     #![allow(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
+    extern crate std;
+
     use std::vec;
 
     use super::*;

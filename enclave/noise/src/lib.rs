@@ -8,9 +8,6 @@ compile_error!(
     "build inside `enclave/`, whose .cargo/config.toml sets the CPU level, or through build.sh"
 );
 
-#[cfg(test)]
-extern crate std;
-
 mod gaussian;
 mod generator;
 

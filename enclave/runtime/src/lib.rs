@@ -7,6 +7,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+mod features;
 mod input;
 mod machine;
 mod memory;

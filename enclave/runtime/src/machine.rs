@@ -13,7 +13,7 @@ pub trait Machine {
     /// Number of kernels linked into the image.
     fn kernels(&self) -> usize;
 
-    /// The whole heap, zeroed, 64-byte aligned; handed out once.
+    /// The whole heap, 64-byte aligned, with anything in it; handed out once.
     fn heap(&mut self) -> &'static mut [u8];
 
     /// Tells where the workspaces of the slots lie: `memory` is `slots × bytes` long.
@@ -26,12 +26,12 @@ pub trait Machine {
     fn call(&mut self, k: usize, arena: &mut [u8], arguments: &[(u32, u32)])
     -> Result<(), Refusal>;
 
-    /// Splits `out` into chunks of `chunk` floats and runs `f(index, chunk)` on all thread slots.
-    fn parallel_chunks(
+    /// Splits `out` into chunks of `chunk` items and runs `f(index, chunk)` on all thread slots.
+    fn parallel_chunks<T: Send>(
         &mut self,
-        out: &mut [f32],
+        out: &mut [T],
         chunk: usize,
-        f: &(dyn Fn(usize, &mut [f32]) + Sync),
+        f: &(dyn Fn(usize, &mut [T]) + Sync),
     );
 
     /// Zeroes the workspaces: the session, which has handed them over, is done with them.

@@ -13,14 +13,17 @@ use crate::plan::{ALIGNMENT, Buffer, Plan};
 /// Bytes of the header of an input's plaintext.
 pub const RECORD_HEADER: usize = 64;
 
-/// The parts of the heap that the session works in.
+/// The parts of the heap that the session works in. Anything may stand in them at first: the state of
+/// the optimiser is zeroed, all else is written before it is read (a test fills the heap with ones).
 pub struct Memory {
-    arena: &'static mut [u8],
-    /// Clipped sums of a step, one a weight.
+    /// Where kernels work.
+    pub arena: &'static mut [u8],
+    /// Clipped sums of the physical batches of a step but the last, one a weight.
     pub sums: &'static mut [f64],
     /// Numbers of the records of a step.
     pub indices: &'static mut [u32],
-    inputs: &'static mut [u8],
+    /// Plaintext of the inputs.
+    pub inputs: &'static mut [u8],
 }
 
 impl Memory {
@@ -32,12 +35,14 @@ impl Memory {
         let workspaces = cut(&mut rest, plan.workspace.checked_mul(plan.threads))?;
         let indices = cut(&mut rest, plan.records.checked_mul(4))?;
         machine.set_workspaces(workspaces, plan.workspace);
-        Ok(Memory {
+        let mut memory = Memory {
             arena,
             sums: try_cast_slice_mut(sums).map_err(|_| Refusal::FieldWrong)?,
             indices: try_cast_slice_mut(indices).map_err(|_| Refusal::FieldWrong)?,
             inputs: rest,
-        })
+        };
+        memory.bytes_mut(plan.buffers.state).fill(0);
+        Ok(memory)
     }
 
     /// Where each input of `job` lies; `capacity-wrong` if the image has no room for them.
@@ -62,11 +67,6 @@ impl Memory {
             start = end.next_multiple_of(ALIGNMENT);
         }
         Ok(places)
-    }
-
-    /// The arena, for kernels.
-    pub fn arena(&mut self) -> &mut [u8] {
-        self.arena
     }
 
     /// Part of an input's plaintext.
@@ -94,26 +94,6 @@ impl Memory {
         bytemuck::try_cast_slice(self.bytes(buffer)).unwrap_or_default()
     }
 
-    /// A buffer as floats, to change.
-    pub fn floats_mut(&mut self, buffer: Buffer) -> &mut [f32] {
-        try_cast_slice_mut(self.bytes_mut(buffer)).unwrap_or_default()
-    }
-
-    /// The float64 sums and a float buffer at once, both to change.
-    pub fn sums_and(&mut self, buffer: Buffer) -> (&mut [f64], &mut [f32]) {
-        let floats = self.arena.get_mut(buffer.range()).unwrap_or_default();
-        (self.sums, try_cast_slice_mut(floats).unwrap_or_default())
-    }
-
-    /// An input record and a buffer at once: copies bytes of `from` to `to`, zeroes without `from`.
-    pub fn copy(&mut self, from: Option<Range<usize>>, to: Range<usize>) {
-        let to = self.arena.get_mut(to).unwrap_or_default();
-        match from.and_then(|range| self.inputs.get(range)) {
-            Some(from) if from.len() == to.len() => to.copy_from_slice(from),
-            _ => to.fill(0),
-        }
-    }
-
     /// Zeroes everything but the buffer `kept`.
     pub fn wipe(&mut self, kept: Option<Buffer>) {
         let kept = kept.map_or(0..0, Buffer::range);
@@ -124,6 +104,12 @@ impl Memory {
         self.indices.zeroize();
         zero(self.inputs);
     }
+}
+
+/// A buffer of the arena as floats, to change.
+pub fn floats_mut(arena: &mut [u8], buffer: Buffer) -> &mut [f32] {
+    let bytes = arena.get_mut(buffer.range()).unwrap_or_default();
+    try_cast_slice_mut(bytes).unwrap_or_default()
 }
 
 /// Zeroes bytes by writes that the compiler must keep.

@@ -7,6 +7,7 @@ use myelin_protocol::Refusal;
 use myelin_protocol::cbor::Reader;
 
 use crate::Machine;
+use crate::features::Features;
 
 /// The most kernels of an image.
 const KERNELS: usize = 1_024;
@@ -23,8 +24,9 @@ pub struct Plan {
     /// Examples of a physical batch.
     pub batch: usize,
     pub loss: Loss,
-    /// Bytes of a record's features.
-    pub features: usize,
+    /// How a record keeps its features, and how many they are.
+    pub features: Features,
+    pub width: usize,
     /// Bytes of a record's label.
     pub label: usize,
     /// Kernel workspace of each thread slot.
@@ -60,12 +62,13 @@ pub struct Buffer {
     pub bytes: usize,
 }
 
-/// The buffers that the runtime reads and writes itself.
+/// The buffers that the runtime reads or writes itself.
 pub struct Buffers {
     pub x: Buffer,
     pub y: Buffer,
     pub mask: Buffer,
     pub hyper: Buffer,
+    pub state: Buffer,
     pub output: Buffer,
     pub weights: Buffer,
     pub gradient: Buffer,
@@ -86,13 +89,18 @@ impl Plan {
             && plan.kernels.count == machine.kernels()
             && plan.threads == machine.slots()
             && plan.batch > 0
-            && plan.features > 0;
+            && plan.width > 0;
         if fits { Ok(plan) } else { Err(Refusal::FieldWrong) }
     }
 
     /// Bytes of a record.
     pub fn record(&self) -> usize {
-        self.features.saturating_add(self.label)
+        self.feature_bytes().saturating_add(self.label)
+    }
+
+    /// Bytes of a record's features, which come before its label.
+    pub fn feature_bytes(&self) -> usize {
+        self.width.saturating_mul(self.features.bytes())
     }
 
     /// Number of weights, padding between parameters included.
@@ -128,15 +136,19 @@ impl Plan {
         })
     }
 
-    /// Whether the runtime's buffers have the sizes that the rest of the description implies.
+    /// Whether the buffers lie apart and have the sizes that the rest of the description implies.
     fn buffers_fit(&self) -> Result<bool, Refusal> {
-        let Buffers { x, y, mask, hyper, output, weights, gradient } = &self.buffers;
+        let Buffers { x, y, mask, hyper, state, output, weights, gradient } = &self.buffers;
+        let all = [x, y, mask, hyper, state, output, weights, gradient];
+        let apart = |a: &Buffer, b: &Buffer| a.range().end <= b.offset || b.range().end <= a.offset;
+        let disjoint = (0..).zip(all).all(|(i, a)| all.iter().take(i).all(|b| apart(a, b)));
         let rows = |bytes: usize| self.batch.checked_mul(bytes).ok_or(Refusal::FieldWrong);
         let logits = self.outputs.checked_mul(4).ok_or(Refusal::FieldWrong)?;
         let label = if self.loss == Loss::CrossEntropy { 4 } else { logits };
-        Ok(self.outputs > 0
+        Ok(disjoint
+            && self.outputs > 0
             && self.label == label
-            && x.bytes == rows(self.features)?
+            && x.bytes == rows(self.width.checked_mul(4).ok_or(Refusal::FieldWrong)?)?
             && y.bytes == rows(self.label)?
             && mask.bytes == rows(4)?
             && hyper.bytes == 64
@@ -216,9 +228,14 @@ fn read(reader: &mut Reader<'static>) -> Result<Plan, Refusal> {
     let arena = size(reader.key("arena")?)?;
     let batch = size(reader.key("batch")?)?;
     reader.key("model")?.fixed::<32>()?;
-    reader.key("record")?.map(2)?;
+    reader.key("record")?.map(5)?;
+    let features = Features::read(reader)?;
     let label = size(reader.key("label")?)?;
-    let features = size(reader.key("features")?)?;
+    let bytes = size(reader.key("features")?)?;
+    let width = bytes.checked_div(features.bytes()).ok_or(Refusal::FieldWrong)?;
+    if !bytes.is_multiple_of(features.bytes()) {
+        return Err(Refusal::FieldWrong);
+    }
     let update = Program(reader.key("update")?.skip()?);
     let buffers = buffers(reader.key("buffers")?, arena)?;
     let kernels = Kernels::read(reader.key("kernels")?.skip()?)?;
@@ -240,6 +257,7 @@ fn read(reader: &mut Reader<'static>) -> Result<Plan, Refusal> {
         batch,
         loss,
         features,
+        width,
         label,
         workspace,
         threads,
@@ -268,9 +286,9 @@ fn buffers(reader: &mut Reader<'_>, arena: usize) -> Result<Buffers, Refusal> {
     reader.map(8)?;
     let mut buffer = |name| Buffer::read(reader.key(name)?, arena);
     let (x, y, mask, hyper) = (buffer("x")?, buffer("y")?, buffer("mask")?, buffer("hyper")?);
-    let _state = buffer("state")?;
-    let (output, weights, gradient) = (buffer("output")?, buffer("weights")?, buffer("gradient")?);
-    Ok(Buffers { x, y, mask, hyper, output, weights, gradient })
+    let (state, output) = (buffer("state")?, buffer("output")?);
+    let (weights, gradient) = (buffer("weights")?, buffer("gradient")?);
+    Ok(Buffers { x, y, mask, hyper, state, output, weights, gradient })
 }
 
 /// A size in bytes or a number of things: 32 bits, as arenas stay below 4 GiB.

@@ -1,15 +1,22 @@
 //! The work itself: steps of private training, and the score.
 
+use core::ops::Range;
+
 use myelin_noise::{Generator, Scale, release};
 use myelin_protocol::{List, Privacy, Refusal, Score};
+use zeroize::{Zeroize, Zeroizing};
 
 use crate::Machine;
 use crate::input::Shard;
-use crate::memory::Memory;
-use crate::plan::{Buffer, Loss, Plan, Program};
+use crate::memory::{Memory, floats_mut};
+use crate::plan::{Loss, Plan, Program};
 
-/// Weights that one generator makes noise for.
-const NOISE_CHUNK: usize = 16_384;
+/// Weights that a task sums, or makes noise for by one generator.
+const CHUNK: usize = 16_384;
+/// Weights whose sums a task holds at once: as many as `release` draws noise for at once.
+const BLOCK: usize = 1_024;
+/// Rows of a physical batch that a task fills.
+const ROWS: usize = 8;
 /// Draws made at once.
 const DRAWS: usize = 256;
 
@@ -58,25 +65,18 @@ impl Engine {
         generator: &mut Generator,
     ) -> Result<(), Refusal> {
         let sampled = self.sample(shards, limits, generator)?;
-        self.memory.sums.fill(0.0);
         self.set_hyper(limits.threshold, number);
-        for first in (0..sampled.max(1)).step_by(self.plan.batch) {
-            self.gather(shards, first, sampled);
+        let mut firsts = (0..sampled.max(1)).step_by(self.plan.batch).peekable();
+        let mut summed = false;
+        while let Some(first) = firsts.next() {
+            self.gather(machine, shards, first, sampled);
             self.run(machine, self.plan.gradient)?;
-            let (sums, gradient) = self.memory.sums_and(self.plan.buffers.gradient);
-            for (sum, part) in sums.iter_mut().zip(gradient) {
-                // Kernels give finite sums; a coordinate that is not counts as nothing.
-                *sum += if part.is_finite() { f64::from(*part) } else { 0.0 };
+            if firsts.peek().is_some() {
+                self.sum(machine, summed);
+                summed = true;
             }
         }
-        let generator = generator.fork();
-        let (sums, mean) = self.memory.sums_and(self.plan.buffers.gradient);
-        let sums = &*sums;
-        machine.parallel_chunks(mean, NOISE_CHUNK, &|index, mean| {
-            let first = index.saturating_mul(NOISE_CHUNK);
-            let sums = sums.get(first..first.saturating_add(mean.len())).unwrap_or_default();
-            release(sums, mean, limits.scale, &mut generator.child(index as u64));
-        });
+        self.release(machine, summed, limits.scale, &generator.fork());
         self.run(machine, self.plan.update)
     }
 
@@ -92,12 +92,13 @@ impl Engine {
             score.total = score.total.saturating_add(u64::from(shard.count));
             for first in (0..shard.capacity).step_by(self.plan.batch) {
                 let rows = first..first.saturating_add(self.plan.batch as u32);
-                for (row, index) in rows.clone().enumerate() {
-                    let from = (index < shard.capacity).then(|| shard.record(&self.plan, index));
-                    self.load(row, from.flatten());
-                }
+                let Memory { arena, inputs, .. } = &mut self.memory;
+                load(machine, &self.plan, arena, inputs, &|row| {
+                    let index = first.checked_add(u32::try_from(row).ok()?)?;
+                    shard.record(&self.plan, index).filter(|_| index < shard.capacity)
+                });
                 self.run(machine, self.plan.predict)?;
-                let (features, outputs) = (self.plan.features, self.plan.outputs);
+                let (features, outputs) = (self.plan.feature_bytes(), self.plan.outputs);
                 let logits = self.memory.floats(self.plan.buffers.output).chunks_exact(outputs);
                 for (index, logits) in rows.zip(logits).filter(|(index, _)| *index < shard.count) {
                     let record = shard.record(&self.plan, index).unwrap_or_default();
@@ -136,38 +137,68 @@ impl Engine {
                 }
             }
         }
-        zeroize::Zeroize::zeroize(&mut bytes);
+        bytes.zeroize();
         Ok(sampled as usize)
     }
 
     /// Fills a physical batch with the sampled records from `first` on.
-    fn gather(&mut self, shards: &List<Shard>, first: usize, sampled: usize) {
-        for row in 0..self.plan.batch {
-            let position = first.saturating_add(row);
-            let number = self.memory.indices.get(..sampled).and_then(|all| all.get(position));
-            let record = number.and_then(|number| find(&self.plan, shards, *number));
-            let real = record.is_some();
-            self.load(row, record);
-            if let Some(mask) = self.memory.floats_mut(self.plan.buffers.mask).get_mut(row) {
-                *mask = f32::from(u8::from(real));
-            }
-        }
+    fn gather(
+        &mut self,
+        machine: &mut impl Machine,
+        shards: &List<Shard>,
+        first: usize,
+        sampled: usize,
+    ) {
+        let Memory { arena, indices, inputs, .. } = &mut self.memory;
+        let numbers = indices.get(first..sampled).unwrap_or_default();
+        load(machine, &self.plan, arena, inputs, &|row| {
+            find(&self.plan, shards, *numbers.get(row)?)
+        });
     }
 
-    /// Copies a record's features and label to `row`, or zeroes the row.
-    fn load(&mut self, row: usize, record: Option<core::ops::Range<usize>>) {
-        let Plan { features, label, buffers, .. } = &self.plan;
-        let split = |range: core::ops::Range<usize>| {
-            let middle = range.start.saturating_add(*features);
-            (range.start..middle, middle..range.end)
-        };
-        let (x, y) = record.map(split).unzip();
-        self.memory.copy(x, part(buffers.x, row, *features));
-        self.memory.copy(y, part(buffers.y, row, *label));
+    /// Writes the gradient of a physical batch to the sums, or adds it if they hold any (`summed`).
+    fn sum(&mut self, machine: &mut impl Machine, summed: bool) {
+        let Memory { arena, sums, .. } = &mut self.memory;
+        let gradient = &*floats_mut(arena, self.plan.buffers.gradient);
+        machine.parallel_chunks(sums, CHUNK, &|index, sums| {
+            let parts = gradient.get(index.saturating_mul(CHUNK)..).unwrap_or_default();
+            for (sum, part) in sums.iter_mut().zip(parts) {
+                *sum = counted(*part) + if summed { *sum } else { 0.0 };
+            }
+        });
+    }
+
+    /// Turns the gradient of the last physical batch into the noisy mean of the step.
+    fn release(
+        &mut self,
+        machine: &mut impl Machine,
+        summed: bool,
+        scale: Scale,
+        generator: &Generator,
+    ) {
+        let Memory { arena, sums, .. } = &mut self.memory;
+        let sums = if summed { &**sums } else { &[] };
+        let gradient = floats_mut(arena, self.plan.buffers.gradient);
+        machine.parallel_chunks(gradient, CHUNK, &|index, gradient| {
+            let mut generator = generator.child(index as u64);
+            let mut totals = Zeroizing::new([0.0; BLOCK]);
+            let firsts = (index.saturating_mul(CHUNK)..).step_by(BLOCK);
+            for (first, part) in firsts.zip(gradient.chunks_mut(BLOCK)) {
+                let (totals, _) = totals.split_at_mut(part.len());
+                for (total, last) in totals.iter_mut().zip(&*part) {
+                    *total = counted(*last);
+                }
+                let earlier = sums.get(first..).unwrap_or_default();
+                for (total, earlier) in totals.iter_mut().zip(earlier) {
+                    *total += *earlier;
+                }
+                release(totals, part, scale, &mut generator);
+            }
+        });
     }
 
     fn set_hyper(&mut self, threshold: f32, number: u32) {
-        let hyper = self.memory.floats_mut(self.plan.buffers.hyper);
+        let hyper = floats_mut(self.memory.arena, self.plan.buffers.hyper);
         hyper.fill(0.0);
         for (place, value) in hyper.iter_mut().zip([threshold, number as f32]) {
             *place = value;
@@ -175,21 +206,21 @@ impl Engine {
     }
 
     fn run(&mut self, machine: &mut impl Machine, program: Program) -> Result<(), Refusal> {
-        let arena = self.memory.arena();
+        let arena = &mut *self.memory.arena;
         self.plan.run(program, |kernel, arguments| machine.call(kernel, arena, arguments))
     }
 }
 
 impl Shard {
     /// Where record `index` lies in the heap's inputs.
-    fn record(&self, plan: &Plan, index: u32) -> Option<core::ops::Range<usize>> {
+    fn record(&self, plan: &Plan, index: u32) -> Option<Range<usize>> {
         let start = (index as usize).checked_mul(plan.record())?.checked_add(self.start)?;
         Some(start..start.checked_add(plan.record())?)
     }
 }
 
 /// Where record `number`, counted over all shards, lies.
-fn find(plan: &Plan, shards: &List<Shard>, number: u32) -> Option<core::ops::Range<usize>> {
+fn find(plan: &Plan, shards: &List<Shard>, number: u32) -> Option<Range<usize>> {
     let mut index = number;
     for shard in shards.iter() {
         match index.checked_sub(shard.capacity) {
@@ -200,10 +231,41 @@ fn find(plan: &Plan, shards: &List<Shard>, number: u32) -> Option<core::ops::Ran
     None
 }
 
-/// The bytes of `row` in a buffer of rows of `bytes`.
-fn part(buffer: Buffer, row: usize, bytes: usize) -> core::ops::Range<usize> {
-    let start = row.saturating_mul(bytes).saturating_add(buffer.offset);
-    start..start.saturating_add(bytes)
+/// Fills the rows of a physical batch: `record` says where a row's record lies in the inputs. Rows
+/// without one are zero.
+fn load(
+    machine: &mut impl Machine,
+    plan: &Plan,
+    arena: &mut [u8],
+    inputs: &[u8],
+    record: &(dyn Fn(usize) -> Option<Range<usize>> + Sync),
+) {
+    let found = |row| inputs.get(record(row)?)?.split_at_checked(plan.feature_bytes());
+    let x = floats_mut(arena, plan.buffers.x);
+    machine.parallel_chunks(x, plan.width.saturating_mul(ROWS), &|index, rows| {
+        let first = index.saturating_mul(ROWS);
+        for (row, x) in (first..).zip(rows.chunks_exact_mut(plan.width)) {
+            match found(row) {
+                Some((features, _)) => plan.features.convert(features, x),
+                None => x.fill(0.0),
+            }
+        }
+    });
+    let y = arena.get_mut(plan.buffers.y.range()).unwrap_or_default();
+    for (row, y) in y.chunks_exact_mut(plan.label).enumerate() {
+        match found(row) {
+            Some((_, label)) if label.len() == y.len() => y.copy_from_slice(label),
+            _ => y.fill(0),
+        }
+    }
+    for (row, mask) in floats_mut(arena, plan.buffers.mask).iter_mut().enumerate() {
+        *mask = f32::from(u8::from(record(row).is_some()));
+    }
+}
+
+/// What a coordinate of a clipped sum counts: kernels give finite ones, any other counts as nothing.
+fn counted(part: f32) -> f64 {
+    if part.is_finite() { f64::from(part) } else { 0.0 }
 }
 
 /// Whether a prediction is the label.

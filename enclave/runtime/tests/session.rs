@@ -243,11 +243,25 @@ fn word(i: usize) -> [u8; 4] {
 /// Examples whose label is whether the first feature is positive.
 fn examples(shape: Shape, count: usize, first: usize) -> Vec<Vec<u8>> {
     let row = |i: usize| {
-        let x = (0..shape.features).map(move |j| ((i * 37 + j * 11) % 17) as f32 / 8.0 - 1.0);
+        let x = (0..shape.features).flat_map(move |j| {
+            let byte = ((i * 37 + j * 11) % 17) as u8;
+            let feature = f32::from(byte) / 8.0 - 1.0;
+            match shape.kind.0 {
+                "uint8" => vec![byte],
+                "float16" => half(feature).to_le_bytes().to_vec(),
+                _ => feature.to_le_bytes().to_vec(),
+            }
+        });
         let y = f32::from(((i * 37) % 17) as f32 / 8.0 > 1.0);
-        x.chain([y]).flat_map(f32::to_le_bytes).collect()
+        x.chain(y.to_le_bytes()).collect()
     };
     (first..first + count).map(row).collect()
+}
+
+/// The binary16 of a float that is one, zero or not too small.
+fn half(x: f32) -> u16 {
+    let rest = (x.abs().to_bits() >> 13).saturating_sub(112 << 10);
+    (x.is_sign_negative() as u16) << 15 | rest as u16
 }
 
 fn refused<T: std::fmt::Debug>(result: Result<T, String>) -> String {
@@ -338,6 +352,44 @@ fn a_whole_session() {
     assert_eq!(refused(host.call(OUTPUT, &[&word(1), &word(0)])), "wrong-state");
     assert!(host.control.borrow().wiped);
     assert_eq!(host.heap_left(), 0);
+}
+
+/// Receipt and weights of three steps of training.
+fn trained(machine: (Fake, Rc<RefCell<Control>>, (*const u8, usize)), shape: Shape) -> Vec<u8> {
+    let mut host = Host::on(machine, shape, |_| ()).loaded();
+    host.train(3, ALL, 1).unwrap();
+    let receipt = host.call(FINISH, &[]).unwrap();
+    [receipt, bytemuck::cast_slice(&host.weights()).to_vec()].concat()
+}
+
+#[test]
+fn what_stood_in_the_heap_does_not_matter() {
+    let shape = Shape::SMALL;
+    assert!(trained(Fake::new(shape), shape) == trained(Fake::dirty(shape), shape));
+}
+
+#[test]
+fn compact_features_train_as_the_floats_that_they_stand_for() {
+    let weights = |kind| {
+        let shape = Shape { kind, ..Shape::SMALL };
+        let whole = trained(Fake::dirty(shape), shape);
+        floats(&whole[whole.len() - 4 * shape.dimension()..])
+    };
+    let expected = weights(("float32", 0, 0));
+    assert!(expected[0] != 0.0 && expected.iter().all(|weight| weight.is_finite()));
+    assert_eq!(weights(("float16", 0, 0)), expected);
+    assert_eq!(weights(("uint8", 8_000_000, 8_000_000)), expected);
+    for kind in [
+        ("float64", 0, 0),
+        ("float32", 1, 0),
+        ("float16", 0, 1),
+        ("uint8", 0, 0),
+        ("uint8", 1, 1 << 31),
+    ] {
+        let mut host = Host::new(Shape { kind, ..Shape::SMALL }, |_| ());
+        let job = host.job.clone();
+        assert_eq!(refused(host.call(JOB, &[&job])), "field-wrong", "{kind:?}");
+    }
 }
 
 #[test]
@@ -721,6 +773,8 @@ fn descriptions_that_make_no_sense_are_refused() {
     let x = key("x");
     assert_eq!(refuse(&format!("{x}8200"), &format!("{x}8201"), 3), "field-wrong");
     assert_eq!(refuse(&format!("{x}820018"), &format!("{x}821a0001000018"), 3), "field-wrong");
+    // `x` at the place of `y`.
+    assert_eq!(refuse(&format!("{x}820018"), &format!("{x}82184018"), 3), "field-wrong");
     let predict = key("predict");
     assert_eq!(refuse(&format!("{predict}818401"), &format!("{predict}818403"), 3), "field-wrong");
     assert_eq!(refuse(&format!("{predict}818401"), &format!("{predict}818402"), 3), "field-wrong");

@@ -41,6 +41,8 @@ pub struct Fake {
 /// Sizes of an image.
 #[derive(Clone, Copy)]
 pub struct Shape {
+    /// Type of a feature, `unit` and `zero`.
+    pub kind: (&'static str, u64, u64),
     pub features: usize,
     pub records: usize,
     pub tests: usize,
@@ -48,11 +50,17 @@ pub struct Shape {
 }
 
 impl Shape {
-    pub const SMALL: Shape = Shape { features: 4, records: 24, tests: 8, additions: 4 };
+    pub const SMALL: Shape =
+        Shape { kind: ("float32", 0, 0), features: 4, records: 24, tests: 8, additions: 4 };
 
-    /// Bytes of a record: float32 features and a float32 label.
+    /// Bytes of a record: features and a float32 label.
     pub fn record(self) -> usize {
-        self.features * 4 + 4
+        let bytes = match self.kind.0 {
+            "float16" => 2,
+            "uint8" => 1,
+            _ => 4,
+        };
+        self.features * bytes + 4
     }
 
     /// Where the bias stands among the weights.
@@ -88,8 +96,14 @@ impl Shape {
             w.str("heap")?.u64(self.heap() as u64)?.str("loss")?.str("binary-cross-entropy")?;
             w.str("task")?.str("train")?.str("type")?.str("myelin/image/1")?;
             w.str("arena")?.u64(arena as u64)?.str("batch")?.u64(BATCH as u64)?;
-            w.str("model")?.bytes(&[0; 32])?.str("record")?.map(2)?.str("label")?.u64(4)?;
-            w.str("features")?.u64(self.features as u64 * 4)?;
+            w.str("model")?
+                .bytes(&[0; 32])?
+                .str("record")?
+                .map(5)?
+                .str("type")?
+                .str(self.kind.0)?;
+            w.str("unit")?.u64(self.kind.1)?.str("zero")?.u64(self.kind.2)?;
+            w.str("label")?.u64(4)?.str("features")?.u64(self.record() as u64 - 4)?;
             let call = |w: &mut myelin_protocol::cbor::Writer<'_>, k: usize| {
                 w.array(1)?.array(kernels[k].1.len() as u64 + 1)?.u64(k as u64)?;
                 for (offset, _) in &kernels[k].1 {
@@ -128,7 +142,7 @@ impl Shape {
     /// Bytes of heap: generous.
     pub fn heap(self) -> usize {
         let files = (self.records + self.tests) * self.record() + 16 * 128;
-        let arena = BATCH * self.record() + 3 * 4 * self.dimension() + 8 * 64;
+        let arena = BATCH * (self.features + 1) * 4 + 3 * 4 * self.dimension() + 8 * 64;
         (files + arena + self.dimension() * 8 + self.records * 4 + 4096).next_multiple_of(64)
     }
 }
@@ -144,8 +158,20 @@ impl Fake {
         heap: usize,
         kernels: usize,
     ) -> (Self, Rc<RefCell<Control>>, (*const u8, usize)) {
-        let memory: &'static mut [u64] = vec![0; heap / 8].leak();
-        let heap: &'static mut [u8] = bytemuck::cast_slice_mut(memory);
+        Self::on(description, vec![0; heap / 8], kernels)
+    }
+
+    /// A machine whose heap has every bit set: floats are NaN, indices wild.
+    pub fn dirty(shape: Shape) -> (Self, Rc<RefCell<Control>>, (*const u8, usize)) {
+        Self::on(shape.description(), vec![u64::MAX; shape.heap() / 8], 3)
+    }
+
+    fn on(
+        description: Vec<u8>,
+        memory: Vec<u64>,
+        kernels: usize,
+    ) -> (Self, Rc<RefCell<Control>>, (*const u8, usize)) {
+        let heap: &'static mut [u8] = bytemuck::cast_slice_mut(memory.leak());
         let place = (heap.as_ptr(), heap.len());
         let control = Rc::new(RefCell::new(Control::default()));
         let fake = Fake {
@@ -226,10 +252,11 @@ impl Machine for Fake {
                     *logit = predict(row, weights);
                 }
             }
-            (2, [weights, _state, mean, hyper]) => {
+            (2, [weights, state, mean, hyper]) => {
                 control.hyper.push((hyper[0], hyper[1]));
+                // The state stays the zero that it starts from.
                 for (weight, mean) in weights.iter_mut().zip(mean) {
-                    *weight -= *mean;
+                    *weight -= *mean + state[0];
                 }
             }
             _ => panic!("no kernel {k}"),
@@ -241,11 +268,11 @@ impl Machine for Fake {
         Ok(())
     }
 
-    fn parallel_chunks(
+    fn parallel_chunks<T: Send>(
         &mut self,
-        out: &mut [f32],
+        out: &mut [T],
         chunk: usize,
-        f: &(dyn Fn(usize, &mut [f32]) + Sync),
+        f: &(dyn Fn(usize, &mut [T]) + Sync),
     ) {
         // Backwards: results must not depend on the order.
         for (index, part) in out.chunks_mut(chunk).enumerate().rev() {
