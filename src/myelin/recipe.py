@@ -33,7 +33,6 @@ from myelin.plan import Program, compile_training
 from myelin.weights import pack
 
 LOSSES = ("cross-entropy", "binary-cross-entropy", "mean-squared-error")
-_WORKSPACE = 1 << 20
 _INPUTS = 16
 
 Progress = Callable[[str], None]
@@ -203,9 +202,10 @@ def _compile(
     progress(f"compile {len(program.kernels)} kernels")
     kernels = kernel_object.build(program.kernels, cpu)
     runtime = native_file(f"libmyelin_enclave-{cpu.level}.a").read_bytes()
-    description = encode(_describe(program, recipe, cpu, document, kernels, runtime))
+    workspace = kernel_object.workspace_bytes(program.kernels, cpu)
+    description = encode(_describe(program, recipe, cpu, document, kernels, runtime, workspace))
     progress("link the image")
-    return Image(content=_link(program, recipe, kernels, runtime, description))
+    return Image(content=_link(program, recipe, kernels, runtime, description, workspace))
 
 
 def _describe(
@@ -215,6 +215,7 @@ def _describe(
     document: bytes,
     kernels: bytes,
     runtime: bytes,
+    workspace: int,
 ) -> dict[str, Any]:
     return {
         "type": "myelin/image/1",
@@ -234,8 +235,8 @@ def _describe(
         },
         "outputs": program.outputs,
         "arena": program.arena,
-        "heap": _heap(program, recipe),
-        "workspace": _WORKSPACE,
+        "heap": _heap(program, recipe, workspace),
+        "workspace": workspace,
         "model": hashlib.sha256(document).digest(),
         "versions": {
             "myelin": version("myelin"),
@@ -249,14 +250,14 @@ def _describe(
     }
 
 
-def _heap(program: Program, recipe: Recipe) -> int:
+def _heap(program: Program, recipe: Recipe, workspace: int) -> int:
     record = 4 * program.features + program.label_bytes
     weights = program.buffers["weights"][1] // 4
     capacity = recipe.records + recipe.test
     parts = (
         program.arena,
         8 * weights,
-        _WORKSPACE * recipe.threads,
+        workspace * recipe.threads,
         4 * recipe.records,
         capacity * record + _INPUTS * 128,
     )
@@ -268,7 +269,12 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _link(
-    program: Program, recipe: Recipe, kernels: bytes, runtime: bytes, description: bytes
+    program: Program,
+    recipe: Recipe,
+    kernels: bytes,
+    runtime: bytes,
+    description: bytes,
+    workspace: int,
 ) -> bytes:
     slots = range(recipe.threads)
     script = native_file("image.ld").read_text()
@@ -284,7 +290,7 @@ def _link(
                 for slot in slots
             ],
         ),
-        ("HEAP", [str(_heap(program, recipe))]),
+        ("HEAP", [str(_heap(program, recipe, workspace))]),
     ):
         script = script.replace(f"@{word}@", "\n".join(lines))
     with tempfile.TemporaryDirectory() as folder:
