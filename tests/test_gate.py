@@ -83,6 +83,12 @@ def test_registers_are_cleared_on_the_way_out(attempt: Try) -> None:
     assert mxcsr == "1f80", "the ABI's default, no exception flags"
 
 
+def test_a_request_leaves_nothing_on_its_stack(attempt: Try) -> None:
+    code, left = map(int, attempt("stack", "__stack_tops")[0].split())
+    assert code == DONE
+    assert 0 < left < 1024, "only frames that are older than the request"
+
+
 def test_every_task_of_a_loop_runs_once_on_two_threads(attempt: Try) -> None:
     cells = ("__TVMBackendParallelLaunch", "__TVMBackendAllocWorkspace")
     counts, rest = attempt("loops", "mailbox6handle", *cells)

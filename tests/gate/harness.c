@@ -164,6 +164,13 @@ int main(int count, char **argument) {
         for (int i = 0; i < 512; i++) vectors |= registers.vectors[i / 32][i % 32];
         printf("%lu %lx %lx %x\n", registers.general[0], general, vectors, registers.mxcsr);
     }
+    if (!strcmp(trial, "stack")) { // address: the tops of the stacks; a handled request leaves zeros on slot 0's
+        uint8_t *top = *(uint8_t **)address[0], *byte = top - 0x40000;
+        memset(byte, 0xaa, 0x40000);
+        uint64_t result = code(entry, 0);
+        while (byte < top && !*byte) byte++;
+        printf("%lu %ld\n", result, top - byte);
+    }
     if (!strcmp(trial, "panic")) { // addresses: where a request is handled, the panic handler
         patch(address[0], address[1]);
         *(uint64_t *)(mailbox + 8) = 77;

@@ -15,6 +15,9 @@ const DEAD_CODE: u32 = 0xff;
 /// Most thread slots an image may have.
 pub const SLOTS: usize = 16;
 
+/// Bytes of a slot's stack (image.ld).
+const STACK: usize = 0x4_0000;
+
 /// One for ever after a panic: no slot is entered again, nothing is written to the mailbox.
 static DEAD: AtomicU32 = AtomicU32::new(0);
 
@@ -72,6 +75,18 @@ pub fn slot() -> usize {
     // SAFETY: reads a register.
     unsafe { asm!("mov {}, rsp", out(reg) stack, options(nomem, nostack, preserves_flags)) };
     stack_tops().iter().take_while(|top| **top < stack).count()
+}
+
+/// Zeroes this thread's stack below the frame of the caller, where finished calls may have left secrets.
+#[inline(never)]
+pub fn wipe_stack() {
+    let bottom = stack_tops().get(slot()).map_or(usize::MAX, |top| *top as usize - STACK);
+    // SAFETY: from the end of the stack up to this frame, whose last 128 bytes (the red zone) are left out; nothing
+    // that lives is there.
+    unsafe {
+        asm!("lea rcx, [rsp - 128]", "sub rcx, rdi", "cmovb rcx, rax", "rep stosb",
+            out("rcx") _, inout("rdi") bottom => _, in("rax") 0usize, options(nostack));
+    }
 }
 
 /// Number of thread slots.

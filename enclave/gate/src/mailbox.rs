@@ -7,6 +7,7 @@ use myelin_protocol::Refusal;
 use myelin_runtime::Session;
 
 use crate::Owned;
+use crate::entry::wipe_stack;
 use crate::machine::Gate;
 use crate::memory::{copy_words, wipe};
 
@@ -44,6 +45,7 @@ pub fn serve() {
             // SAFETY: `start` wrote it.
             let replied = handle(unsafe { session.assume_init_mut() }, request, reply);
             wipe(request);
+            wipe_stack();
             replied
         }
         None => refuse(reply, Refusal::MessageTooLong),
