@@ -23,6 +23,8 @@ from myelin.grant import grant
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 OWNERS = ("Shop", "Archive", "Studio")
 BATCH = 256
+# Pixels stay bytes, in sealed files and inside; the network sees them from -1 to 1.
+PIXELS = myelin.Features(type="uint8", unit=127.5, zero=127.5)
 
 
 def network() -> nn.Sequential:
@@ -42,7 +44,7 @@ def network() -> nn.Sequential:
 
 
 def images(folder: Path, part: str, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels float32 [n, 1, 28, 28] from -1 to 1, which is public, and classes int32 [n]."""
+    """Pixels uint8 [n, 1, 28, 28] and classes int32 [n]."""
     files = [folder / f"{part}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
     missing = [str(file) for file in files if not file.exists()]
     if missing:
@@ -52,8 +54,7 @@ def images(folder: Path, part: str, most: int) -> tuple[np.ndarray, np.ndarray]:
         )
     pixels = np.frombuffer(gzip.decompress(files[0].read_bytes()), np.uint8, offset=16)
     classes = np.frombuffer(gzip.decompress(files[1].read_bytes()), np.uint8, offset=8)
-    scaled = pixels.reshape(-1, 1, 28, 28)[:most].astype(np.float32) / 127.5 - 1
-    return scaled, classes[:most].astype(np.int32)
+    return pixels.reshape(-1, 1, 28, 28)[:most], classes[:most].astype(np.int32)
 
 
 def main() -> None:
@@ -86,6 +87,7 @@ def main() -> None:
         loss="cross-entropy",
         optimizer=myelin.SGD(lr=4.0, momentum=0.9),
         batch=BATCH,
+        features=PIXELS,
         records=room * len(owners),
         test=len(test_pixels),
         cpu=Cpu.native().level,

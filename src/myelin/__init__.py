@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from myelin import errors, grant, nn, receipt, seal
     from myelin.evidence import appraise
     from myelin.evidence.simulator import World
+    from myelin.features import Features
     from myelin.grant import Ledger
     from myelin.image import Image
     from myelin.job import ImageReference, Job
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SGD",
     "Adam",
+    "Features",
     "Image",
     "ImageReference",
     "Job",
@@ -52,6 +54,7 @@ __all__ = [
 _MODULES = {
     "SGD": "optimizer",
     "Adam": "optimizer",
+    "Features": "features",
     "Image": "image",
     "ImageReference": "job",
     "Job": "job",

@@ -132,6 +132,9 @@ def build_image(
         str, typer.Option(help="sgd or adam with settings, such as sgd,lr=0.5,momentum=0.9.")
     ] = "sgd,lr=0.1",
     test: Annotated[int, typer.Option(help="Test records that fit.")] = 0,
+    features: Annotated[
+        str, typer.Option(help="float32, float16, or uint8,UNIT,ZERO: u stands for (u-ZERO)/UNIT.")
+    ] = "float32",
     batch: Annotated[int, typer.Option(help="Examples of a physical batch.")] = 64,
     cpu: Annotated[str, typer.Option(help="x86-64-v3, x86-64-v4 or native.")] = "x86-64-v3",
     threads: Annotated[int, typer.Option(help="Thread slots.")] = 2,
@@ -156,6 +159,7 @@ def build_image(
             records=records,
             test=test,
             batch=batch,
+            features=_features(features),
             cpu=level,
             threads=threads,
             directory=out,
@@ -267,6 +271,9 @@ def seal_data(
     labels: Annotated[
         str, typer.Option(help="class (whole numbers) or real (also for yes/no).")
     ] = "class",
+    features: Annotated[
+        str, typer.Option(help="How the image keeps features: float32, float16 or uint8.")
+    ] = "float32",
     as_json: Json = False,
 ) -> None:
     """Encrypt a data set once. The file may lie anywhere; its key stays with you.
@@ -275,14 +282,14 @@ def seal_data(
     """
     from myelin.seal import key_path, seal_records
 
-    features, answers = _data(data, labels)
+    values, answers = _data(data, labels, features)
     with _bar("seal", None) as told:
-        sealed = seal_records(features, answers, out, capacity=capacity, progress=told)
+        sealed = seal_records(values, answers, out, capacity=capacity, progress=told)
     _answer(
         {
             "sealed": str(out),
             "key": str(key_path(out)),
-            "records": len(features),
+            "records": len(values),
             "commitment": sealed.commitment.hex(),
         },
         as_json,
@@ -604,6 +611,17 @@ def _optimizer(text: str) -> Any:
         raise UsageError(f"optimizer {text!r}: {error}") from None
 
 
+def _features(text: str) -> Any:
+    from myelin.features import Features
+
+    name, *constants = text.split(",")
+    try:
+        unit, zero = map(float, constants) if constants else (0.0, 0.0)
+    except ValueError:
+        raise UsageError(f"features {text!r}: write uint8,UNIT,ZERO, such as uint8,255,0") from None
+    return Features(type=name, unit=unit, zero=zero)
+
+
 def _source(text: str) -> Any:
     """An ONNX path, or an object from a Python file of the builder's own."""
     path, _, name = text.rpartition(":")
@@ -623,8 +641,10 @@ def _source(text: str) -> Any:
     return found() if inspection.isfunction(found) else found
 
 
-def _data(path: Path, labels: str) -> tuple[Any, Any]:
-    """Features float32 [n, …] and labels of a file; int32 classes or float32 reals."""
+def _data(path: Path, labels: str, kind: str) -> tuple[Any, Any]:
+    """Features [n, …] of the asked type and labels of a file; int32 classes or float32 reals."""
+    from myelin.features import BYTES
+
     if labels not in ("class", "real"):
         raise UsageError(f"labels {labels!r}: class or real")
     if path.suffix == ".npz":
@@ -640,12 +660,17 @@ def _data(path: Path, labels: str) -> tuple[Any, Any]:
         features, answers = table[:, :-1], table[:, -1]
     else:
         raise UsageError(f"{path}: .npz or .csv")
+    if kind not in BYTES:
+        raise UsageError(f"features {kind!r}: choose one of {', '.join(BYTES)}")
+    features, given = features.astype(kind), features
+    if kind == "uint8" and (features != given).any():
+        raise UsageError(f"{path}: uint8 features must be whole numbers from 0 to 255")
     if labels == "class":
         whole = answers.astype(np.int32)
         if (whole != answers).any():
             raise UsageError(f"{path}: class labels must be whole numbers; or give --labels real")
-        return features.astype(np.float32), whole.reshape(-1)
-    return features.astype(np.float32), answers.astype(np.float32).reshape(len(answers), -1)
+        return features, whole.reshape(-1)
+    return features, answers.astype(np.float32).reshape(len(answers), -1)
 
 
 def _inspect(path: Path) -> Any:

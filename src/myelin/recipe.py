@@ -24,6 +24,7 @@ import safetensors.numpy
 from myelin.cpu import Cpu
 from myelin.document import encode
 from myelin.errors import BuildFailed, ImageMismatch, UsageError
+from myelin.features import Features
 from myelin.image import Image
 from myelin.kernels import object as kernel_object
 from myelin.model import Model, load
@@ -34,6 +35,7 @@ from myelin.weights import pack
 
 LOSSES = ("cross-entropy", "binary-cross-entropy", "mean-squared-error")
 _INPUTS = 16
+FLOAT32 = Features()
 
 Progress = Callable[[str], None]
 
@@ -43,7 +45,8 @@ class Recipe:
     """Everything but the model's graph that decides the image's bytes.
 
     `batch` is the number of examples of a physical batch, `records` and `test` the number of
-    records that fit, over all senders; `threads` the thread slots; `cpu` a level of `Cpu`.
+    records that fit, over all senders; `features` how records keep their features; `threads` the
+    thread slots; `cpu` a level of `Cpu`.
     """
 
     loss: str
@@ -51,6 +54,7 @@ class Recipe:
     batch: int = 64
     records: int
     test: int = 0
+    features: Features = FLOAT32
     cpu: str = "x86-64-v3"
     threads: int = 2
 
@@ -118,6 +122,7 @@ def build(
     directory: Path,
     test: int = 0,
     batch: int = 64,
+    features: Features = FLOAT32,
     cpu: str = "x86-64-v3",
     threads: int = 2,
     dump: Path | None = None,
@@ -135,6 +140,7 @@ def build(
         batch=batch,
         records=records,
         test=test,
+        features=features,
         cpu=cpu,
         threads=threads,
     )
@@ -227,10 +233,8 @@ def _describe(
         "threads": recipe.threads,
         "capacity": {"records": recipe.records, "test": recipe.test},
         "record": {
-            "type": "float32",
-            "unit": 0,
-            "zero": 0,
-            "features": 4 * program.features,
+            **recipe.features.document(),
+            "features": recipe.features.bytes * program.features,
             "label": program.label_bytes,
         },
         "outputs": program.outputs,
@@ -251,7 +255,7 @@ def _describe(
 
 
 def _heap(program: Program, recipe: Recipe, workspace: int) -> int:
-    record = 4 * program.features + program.label_bytes
+    record = recipe.features.bytes * program.features + program.label_bytes
     weights = program.buffers["weights"][1] // 4
     capacity = recipe.records + recipe.test
     parts = (
@@ -319,6 +323,7 @@ _LINK = (
 def _model_file(model: Model, recipe: Recipe) -> bytes:
     options = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     options["optimizer"] = optimizer_to_dict(recipe.optimizer)
+    options["features"] = recipe.features.document()
     content = {
         "type": "myelin/model-file/1",
         "model": json.loads(model.document()),
@@ -341,5 +346,9 @@ def _read_model_file(document: bytes) -> tuple[Model, Recipe]:
     if set(options) != wanted:
         raise UsageError(f"model file: the recipe must hold exactly {', '.join(sorted(wanted))}")
     options["optimizer"] = optimizer_from_dict(options["optimizer"])
+    try:
+        options["features"] = Features.from_document(options["features"])
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"model file: features are malformed ({error})") from None
     graph = json.dumps(content["model"], sort_keys=True, separators=(",", ":")).encode()
     return Model.from_document(graph), Recipe(**options)

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from myelin import document
 from myelin.document import Kind
 from myelin.errors import DataRefused, PartyFileInvalid, SealedFileInvalid
+from myelin.features import BYTES
 from myelin.party import HPKE_ENC, Party, read_secret, write_secret
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class SealedKey:
 
 
 def seal_records(
-    features: npt.NDArray[np.float32],
+    features: npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint8],
     labels: npt.NDArray[np.int32] | npt.NDArray[np.float32],
     destination: Place,
     *,
@@ -97,7 +98,8 @@ def seal_records(
 ) -> SealedKey:
     """Seal a data set for the slot `records` or `test`, padded to `capacity` records.
 
-    features: float32 [n, …], finite; memory-mapped arrays are read block by block.
+    features: float32, float16 or uint8 [n, …] as the image's records keep them, finite;
+    memory-mapped arrays are read block by block.
     labels: int32 [n], or float32 [n] or [n, outputs], finite.
     A path gets `FILE.key` beside it. Raises `DataRefused`, naming row and column.
     """
@@ -225,10 +227,11 @@ def open_output(
 
 
 def _check_records(features: npt.NDArray[Any], labels: npt.NDArray[Any], capacity: int) -> None:
-    if features.dtype != np.float32 or features.ndim < 2 or not features.size:
+    known = any(features.dtype == np.dtype(name) for name in BYTES)
+    if not known or features.ndim < 2 or not features.size:
         raise DataRefused(
-            f"features are {features.dtype} {features.shape}, not float32 [n, …]; "
-            "convert by .astype(numpy.float32)"
+            f"features are {features.dtype} {features.shape}, not float32, float16 or uint8 "
+            "[n, …] as the image takes them; convert by .astype(numpy.float32)"
         )
     if not (
         (labels.dtype == np.int32 and labels.ndim == 1)
@@ -248,7 +251,8 @@ def _check_records(features: npt.NDArray[Any], labels: npt.NDArray[Any], capacit
 def _records(features: npt.NDArray[Any], labels: npt.NDArray[Any], first: int) -> bytes:
     flat = np.ascontiguousarray(features).reshape(len(features), -1)
     answers = np.ascontiguousarray(labels).reshape(len(labels), -1)
-    _refuse_non_finite(flat, "features", first)
+    if flat.dtype != np.uint8:
+        _refuse_non_finite(flat, "features", first)
     if answers.dtype == np.float32:
         _refuse_non_finite(answers, "labels", first)
     return np.hstack([flat.view(np.uint8), answers.view(np.uint8)]).tobytes()
