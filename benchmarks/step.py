@@ -1,8 +1,8 @@
 """Where the time of a private step goes, and how long an image takes to its first evidence.
 
-`python -m benchmarks.step MODEL [RECORDS] [BACKEND]` builds a model of the tables (or `vgg9`) several
-times, each time with programs left out, and takes the differences: no image has a clock inside.
-Prints one JSON line.
+`python -m benchmarks.step MODEL [RECORDS] [BACKEND]` builds a model of the tables (or `vgg9`)
+several times, each time with programs left out, and takes the differences: no image has a clock
+inside. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any

@@ -38,6 +38,9 @@ const OUTPUT: u32 = 10;
 /// Everything: the rate at which every record is in every step.
 const ALL: u64 = 1 << 32;
 
+/// Where a recorded session lies.
+const VECTORS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../vectors/enclave");
+
 /// The host: a session and what it needs to drive one.
 struct Host {
     session: Session<Fake>,
@@ -843,13 +846,36 @@ fn the_vectors_are_current() {
         "weights": hex(&unseal(&key, &sealed)),
     });
     let text = serde_json::to_string_pretty(&vectors).unwrap() + "\n";
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../vectors/enclave");
-    let path = format!("{folder}/session.json");
-    if std::env::var_os("MYELIN_WRITE_VECTORS").is_some() {
-        std::fs::create_dir_all(folder).unwrap();
-        std::fs::write(&path, &text).unwrap();
+    let frames = host.log.iter().flat_map(|request| [&word(request.len()), &request[..]].concat());
+    for (name, content) in [("session.json", text.into_bytes()), ("requests", frames.collect())] {
+        let path = format!("{VECTORS}/{name}");
+        if std::env::var_os("MYELIN_WRITE_VECTORS").is_some() {
+            std::fs::create_dir_all(VECTORS).unwrap();
+            std::fs::write(&path, &content).unwrap();
+        }
+        assert!(std::fs::read(&path).unwrap() == content, "{path} is of other code");
     }
-    assert!(std::fs::read_to_string(&path).unwrap() == text, "{path} is of other code");
+}
+
+/// What the fuzz target `session` does, by random scripts that mostly follow the recorded order.
+#[test]
+fn requests_in_any_order_damaged_or_not() {
+    let log = std::fs::read(format!("{VECTORS}/requests")).unwrap();
+    let whole: Vec<u8> = (0..40).flat_map(|which| [which, 0, 0, 0]).collect();
+    let all = fake::drive(&log, &whole, 3);
+    let mut stream = myelin_noise::Generator::new(&[9; 32]);
+    let mut done = 0;
+    for _ in 0..40 {
+        let mut script = vec![0; 4 * 60];
+        stream.fill(&mut script);
+        for (i, step) in script.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            if step[3] & 7 != 0 {
+                *step = [(i * 2 / 3) as u8, 0, 0, 0];
+            }
+        }
+        done += fake::drive(&log, &script, 3);
+    }
+    assert!(all > 20 && done > 200, "{all} of a session, {done} of damaged ones went through");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use myelin_protocol::Refusal;
-use myelin_runtime::Machine;
+use myelin_runtime::{Machine, Session};
 
 use crate::client::{encode, floats};
 
@@ -283,6 +283,44 @@ impl Machine for Fake {
     fn wipe(&mut self) {
         self.control.borrow_mut().wiped = true;
     }
+}
+
+/// Runs a session by `script`: four bytes a request, which one of `log` (frames `u32 length ‖ request`)
+/// and what to change of it. Whatever the script, replies are well formed, and no more steps than
+/// `steps` run. Gives the number of requests that were not refused.
+pub fn drive(log: &[u8], script: &[u8], steps: usize) -> usize {
+    let mut requests = Vec::new();
+    let mut rest = log;
+    while let Some((length, frames)) = rest.split_first_chunk::<4>() {
+        let (request, others) = frames.split_at(u32::from_le_bytes(*length) as usize);
+        requests.push(request);
+        rest = others;
+    }
+    let (machine, control, (heap, bytes)) = Fake::new(Shape::SMALL);
+    let mut session = Session::new(machine);
+    let mut reply = vec![0; 1 << 17];
+    let mut done = 0;
+    for [which, bits, low, high] in script.as_chunks().0 {
+        let mut request = requests[usize::from(*which) % requests.len()].to_vec();
+        let place = usize::from(u16::from_le_bytes([*low, *high])) % request.len();
+        match *bits {
+            0 => {}
+            1 => request.truncate(place),
+            2 => request.insert(place, *which),
+            bits => request[place] ^= bits,
+        }
+        let length = session.handle(&request, &mut reply);
+        let (status, result) = reply[..length].split_first_chunk().unwrap();
+        match u32::from_le_bytes(*status) {
+            0 => done += 1,
+            _ => assert!(result.iter().all(|byte| matches!(byte, b'a'..=b'z' | b'-'))),
+        }
+    }
+    assert!(control.borrow().hyper.len() <= steps);
+    drop(session);
+    // SAFETY: `Fake::on` leaked this vector of words, and the session, its only user, is gone.
+    drop(unsafe { Vec::from_raw_parts(heap as *mut u64, bytes / 8, bytes / 8) });
+    done
 }
 
 /// The logit of a row.
