@@ -15,6 +15,8 @@ import pytest
 from myelin import nn, recipe
 from myelin.errors import ImageInvalid, ImageMismatch, UsageError
 from myelin.image import Image
+from myelin.kernels import object as kernel_object
+from myelin.kernels.cache import Cache
 from myelin.optimizer import SGD, Adam
 
 
@@ -198,3 +200,39 @@ def test_the_dump_holds_every_stage(built: recipe.Build, tmp_path: Path) -> None
 def test_recipes_are_values(built: recipe.Build) -> None:
     _, read = recipe._read_model_file(built.model_path.read_bytes())
     assert replace(read) == read
+
+
+def test_a_cache_changes_no_byte_and_survives_damage(built: recipe.Build, tmp_path: Path) -> None:
+    cache = Cache(folder=tmp_path / "cache")
+    for _ in range(2):
+        again = make(tmp_path / "out", cache=cache)
+        assert again.image.content == built.image.content
+        entries = sorted(cache.folder.iterdir())
+        assert len(entries) == len(built.image.description["kernels"])
+        # What is damaged, cut or empty is compiled again.
+        entries[0].write_bytes(entries[0].read_bytes()[:-1] + b"?")
+        entries[1].write_bytes(b"")
+        entries[2].unlink()
+    assert make(tmp_path / "out", cache=cache).image.content == built.image.content
+
+
+def test_a_cached_kernel_is_not_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(folder=tmp_path / "cache")
+    make(tmp_path / "first", cache=cache)
+    monkeypatch.setattr(kernel_object, "build", lambda *_: pytest.fail("compiled again"))
+    make(tmp_path / "second", cache=cache)
+
+
+def test_progress_names_every_kernel(tmp_path: Path) -> None:
+    stages: list[str] = []
+    made = make(tmp_path, progress=stages.append)
+    for kernel in made.image.description["kernels"]:
+        assert any(kernel["name"] in stage for stage in stages)
+
+
+def test_a_cache_that_cannot_be_written_stops_no_build(built: recipe.Build, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    cache = Cache(folder=tmp_path / "file" / "cache")
+    assert make(tmp_path / "out", cache=cache).image.content == built.image.content

@@ -148,6 +148,7 @@ def build_image(
     """
     from myelin import recipe
     from myelin.cpu import Cpu
+    from myelin.kernels.cache import Cache
 
     level = Cpu.native().level if cpu == "native" else cpu
     with _stages() as stage:
@@ -163,6 +164,7 @@ def build_image(
             cpu=level,
             threads=threads,
             directory=out,
+            cache=Cache.default(),
             dump=dump,
             progress=stage,
         )

@@ -27,6 +27,7 @@ from myelin.errors import BuildFailed, ImageMismatch, UsageError
 from myelin.features import Features
 from myelin.image import Image
 from myelin.kernels import object as kernel_object
+from myelin.kernels.cache import Cache
 from myelin.model import Model, load
 from myelin.native import native_file
 from myelin.optimizer import Optimizer, optimizer_from_dict, optimizer_to_dict
@@ -125,14 +126,16 @@ def build(
     features: Features = FLOAT32,
     cpu: str = "x86-64-v3",
     threads: int = 2,
+    cache: Cache | None = None,
     dump: Path | None = None,
     progress: Progress = lambda stage: None,
 ) -> Build:
     """Compiles a model into an image under `directory`.
 
     `source` is a `torch.nn.Module`, the path of an ONNX file, a layer of `myelin.nn`, or a Relax
-    module; `example` one input with a leading batch axis, float32. `dump` receives the IR after
-    each pass; `progress` is told each stage's name.
+    module; `example` one input with a leading batch axis, float32. `cache` keeps
+    compiled kernels between builds; `dump` receives the IR after each pass; `progress` is told each
+    stage's name.
     """
     recipe = Recipe(
         loss=loss,
@@ -147,7 +150,7 @@ def build(
     progress("import the model")
     model = load(source, example)
     document = _model_file(model, recipe)
-    image = _compile(model, recipe, document, dump=dump, progress=progress)
+    image = _compile(model, recipe, document, cache=cache, dump=dump, progress=progress)
     directory.mkdir(parents=True, exist_ok=True)
     result = Build(directory=directory, image=image)
     result.image_path.write_bytes(image.content)
@@ -157,9 +160,9 @@ def build(
 
 
 def rebuild(document: bytes, *, progress: Progress = lambda stage: None) -> Image:
-    """Builds the image again from the bytes of a model file."""
+    """Builds the image again from the bytes of a model file, with nothing from an earlier build."""
     model, recipe = _read_model_file(document)
-    return _compile(model, recipe, document, dump=None, progress=progress)
+    return _compile(model, recipe, document, cache=None, dump=None, progress=progress)
 
 
 def compare(rebuilt: Image, *, measurement: bytes, original: Image | None = None) -> None:
@@ -193,7 +196,13 @@ def _differences(rebuilt: Image, original: Image) -> list[str]:
 
 
 def _compile(
-    model: Model, recipe: Recipe, document: bytes, *, dump: Path | None, progress: Progress
+    model: Model,
+    recipe: Recipe,
+    document: bytes,
+    *,
+    cache: Cache | None,
+    dump: Path | None,
+    progress: Progress,
 ) -> Image:
     cpu = Cpu.named(recipe.cpu)
     progress("derive the private training graph")
@@ -205,8 +214,7 @@ def _compile(
         cpu=cpu,
         dump=dump,
     )
-    progress(f"compile {len(program.kernels)} kernels")
-    kernels = kernel_object.build(program.kernels, cpu)
+    kernels = _objects(program, cpu, cache, progress)
     runtime = native_file(f"libmyelin_enclave-{cpu.level}.a").read_bytes()
     workspace = kernel_object.workspace_bytes(program.kernels, cpu)
     description = encode(_describe(program, recipe, cpu, document, kernels, runtime, workspace))
@@ -214,12 +222,24 @@ def _compile(
     return Image(content=_link(program, recipe, kernels, runtime, description, workspace))
 
 
+def _objects(program: Program, cpu: Cpu, cache: Cache | None, progress: Progress) -> list[bytes]:
+    """An object file of each kernel, in the order of the description."""
+    objects = []
+    for number, (name, kernel) in enumerate(program.kernels.items(), 1):
+        progress(f"compile kernel {number} of {len(program.kernels)}, {name}")
+        if cache is None:
+            objects.append(kernel_object.build({name: kernel}, cpu))
+        else:
+            objects.append(cache.object(name, kernel, cpu))
+    return objects
+
+
 def _describe(
     program: Program,
     recipe: Recipe,
     cpu: Cpu,
     document: bytes,
-    kernels: bytes,
+    kernels: list[bytes],
     runtime: bytes,
     workspace: int,
 ) -> dict[str, Any]:
@@ -246,7 +266,7 @@ def _describe(
             "myelin": version("myelin"),
             "tvm": version("apache-tvm"),
             "ziglang": version("ziglang"),
-            "kernels": hashlib.sha256(kernels).hexdigest(),
+            "kernels": hashlib.sha256(b"".join(kernels)).hexdigest(),
             "runtime": hashlib.sha256(runtime).hexdigest(),
         },
         "additions": program.additions,
@@ -275,7 +295,7 @@ def _round_up(value: int, multiple: int) -> int:
 def _link(
     program: Program,
     recipe: Recipe,
-    kernels: bytes,
+    kernels: list[bytes],
     runtime: bytes,
     description: bytes,
     workspace: int,
@@ -297,16 +317,17 @@ def _link(
         ("HEAP", [str(_heap(program, recipe, workspace))]),
     ):
         script = script.replace(f"@{word}@", "\n".join(lines))
+    objects = [f"kernel{number}.o" for number in range(len(kernels))]
     with tempfile.TemporaryDirectory() as folder:
         # Bare file names: no path of this machine can reach the image.
         for name, content in (
             ("image.ld", script.encode()),
-            ("kernels.o", kernels),
+            *zip(objects, kernels, strict=True),
             ("libmyelin_enclave.a", runtime),
             ("description.cbor", description),
         ):
             Path(folder, name).write_bytes(content)
-        command = [sys.executable, "-m", "ziglang", "ld.lld", *_LINK]
+        command = [sys.executable, "-m", "ziglang", "ld.lld", *_LINK, *objects, *_LAST]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BuildFailed(f"linking the image failed:\n{done.stderr.strip()}")
@@ -316,8 +337,9 @@ def _link(
 _LINK = (
     *("-T", "image.ld", "--static", "--no-pie", "-z", "noexecstack", "-z", "max-page-size=4096"),
     *("--gc-sections", "--build-id=none", "--fatal-warnings", "--no-undefined", "--strip-all"),
-    *("-o", "image.elf", "kernels.o", "libmyelin_enclave.a", "--format=binary", "description.cbor"),
+    *("-o", "image.elf"),
 )
+_LAST = ("libmyelin_enclave.a", "--format=binary", "description.cbor")
 
 
 def _model_file(model: Model, recipe: Recipe) -> bytes:
