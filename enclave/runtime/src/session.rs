@@ -263,8 +263,11 @@ impl<M: Machine> Session<M> {
         if noise_multiplier < privacy.noise_multiplier {
             return Err(Refusal::NoiseLowered);
         }
-        let limits = Privacy { sample_rate, noise_multiplier, ..privacy };
-        let limits = Limits::new(&limits, &engine.plan).ok_or(Refusal::LimitExceeded)?;
+        // Less use of the data would be as private, but not what the receipt says was done.
+        if (sample_rate, noise_multiplier) != (privacy.sample_rate, privacy.noise_multiplier) {
+            return Err(Refusal::FieldWrong);
+        }
+        let limits = Limits::new(&privacy, &engine.plan).ok_or(Refusal::LimitExceeded)?;
         let shards = instance.shards(Slot::Records)?;
         let (machine, generator) = (&mut self.machine, &mut secrets.generator);
         for number in instance.steps..total {

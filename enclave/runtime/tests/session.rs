@@ -450,15 +450,18 @@ fn noise_is_there() {
 
 #[test]
 fn every_record_is_sampled_at_the_rate_and_batches_are_capped() {
-    let mut host = Host::new(Shape::SMALL, |job| (job.steps, job.max_batch) = (4_000, 16)).loaded();
+    let mut host = Host::new(Shape::SMALL, |job| {
+        (job.steps, job.max_batch, job.sample_rate) = (4_000, 16, ALL / 4);
+    })
+    .loaded();
     host.train(2_000, ALL / 4, 1).unwrap();
     let sampled: f32 = host.control.borrow().masks.iter().sum();
     // 11 real records, 2,000 steps: mean 5,500, standard deviation √(22,000·¼·¾) = 64.
     assert!((sampled - 5_500.0).abs() < 5.0 * 64.2, "{sampled}");
-    host.control.borrow_mut().masks.clear();
+    let mut host = Host::new(Shape::SMALL, |job| job.sample_rate = 0).loaded();
     host.train(5, 0, 1).unwrap();
     assert_eq!(host.control.borrow().masks, [0.0; 5], "an empty batch is still a step");
-    host.control.borrow_mut().masks.clear();
+    let mut host = Host::new(Shape::SMALL, |_| ()).loaded();
     host.train(1, ALL, 1).unwrap();
     assert_eq!(host.control.borrow().masks, [4.0, 4.0, 3.0], "eleven in batches of four");
     let mut host = Host::new(Shape::SMALL, |job| job.max_batch = 6).loaded();
@@ -499,7 +502,10 @@ fn limits_hold() {
     assert_eq!(refused(host.train(1, (1 << 30) + 1, 1_000_000)), "sample-rate-raised");
     assert_eq!(refused(host.train(1, 1 << 30, 999_999)), "noise-lowered");
     assert_eq!(refused(host.train(1, 1 << 30, 0)), "noise-lowered");
-    assert_eq!(host.train(15, 1 << 29, 2_000_000), Ok(15));
+    // The receipt states the job's numbers, so nothing else may have been done.
+    assert_eq!(refused(host.train(1, 1 << 29, 1_000_000)), "field-wrong");
+    assert_eq!(refused(host.train(1, 1 << 30, 2_000_000)), "field-wrong");
+    assert_eq!(host.train(15, 1 << 30, 1_000_000), Ok(15));
     assert_eq!(refused(host.train(6, 1 << 30, 1_000_000)), "steps-exceeded");
     assert_eq!(host.train(5, 1 << 30, 1_000_000), Ok(20));
     assert_eq!(refused(host.train(1, 1 << 30, 1_000_000)), "steps-exceeded");
