@@ -2,8 +2,8 @@
 
 use myelin_noise::Generator;
 use myelin_protocol::{
-    CHUNK_TAG, Grant, HEADER, Hpke, HpkeKey, Job, List, Privacy, Receipt, Refusal, Sealed, Sign,
-    SigningKey, Slot, approve, report_data, write_output,
+    CHUNK_TAG, Grant, HEADER, Hpke, HpkeKey, Job, List, Receipt, Refusal, Sealed, Sign, SigningKey,
+    Slot, approve, report_data, write_output,
 };
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
