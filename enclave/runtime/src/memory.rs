@@ -13,8 +13,8 @@ use crate::plan::{ALIGNMENT, Buffer, Plan};
 /// Bytes of the header of an input's plaintext.
 pub const RECORD_HEADER: usize = 64;
 
-/// The parts of the heap that the session works in. Anything may stand in them at first: the state of
-/// the optimiser is zeroed, all else is written before it is read (a test fills the heap with ones).
+/// The parts of the heap that the session works in. Anything may stand in them at first: all is
+/// written before it is read (a test fills the heap with ones), and a launch touches none of it.
 pub struct Memory {
     /// Where kernels work.
     pub arena: &'static mut [u8],
@@ -35,14 +35,12 @@ impl Memory {
         let workspaces = cut(&mut rest, plan.workspace.checked_mul(plan.threads))?;
         let indices = cut(&mut rest, plan.records.checked_mul(4))?;
         machine.set_workspaces(workspaces, plan.workspace);
-        let mut memory = Memory {
+        Ok(Memory {
             arena,
             sums: try_cast_slice_mut(sums).map_err(|_| Refusal::FieldWrong)?,
             indices: try_cast_slice_mut(indices).map_err(|_| Refusal::FieldWrong)?,
             inputs: rest,
-        };
-        memory.bytes_mut(plan.buffers.state).fill(0);
-        Ok(memory)
+        })
     }
 
     /// Where each input of `job` lies; `capacity-wrong` if the image has no room for them.

@@ -66,6 +66,9 @@ impl Engine {
     ) -> Result<(), Refusal> {
         let sampled = self.sample(shards, limits, generator)?;
         self.set_hyper(limits.threshold, number);
+        if number == 1 {
+            self.memory.bytes_mut(self.plan.buffers.state).fill(0);
+        }
         let mut firsts = (0..sampled.max(1)).step_by(self.plan.batch).peekable();
         let mut summed = false;
         while let Some(first) = firsts.next() {
