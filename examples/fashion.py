@@ -104,7 +104,7 @@ def main() -> None:
         receives={"weights": [studio.public], "score": [None]},
     )
     world = myelin.World.create(folder / "simulator", now=now)
-    policy = myelin.Policy.dangerous_simulation(world.root)
+    policy = myelin.Policy.dangerous_simulation(world.root).for_job(job)
     parts = {"image": built.image_path, "weights": built.weights_path, "attester": world}
     with myelin.Service(job=job, **parts) as service:
         for party in (*owners, registry, studio):
@@ -118,11 +118,14 @@ def main() -> None:
             sealed, nonce = folder / f"{owner.name}.sealed", secrets.token_bytes(32)
             key = seal.seal_records(x[own], y[own], sealed, capacity=send.capacity)
             proven = service.evidence(nonce)
-            fresh = myelin.appraise(proven, collateral, policy.for_job(job), nonce, now)
+            fresh = myelin.appraise(proven, collateral, policy, nonce, now)
             ledger = None
             if not test:
                 ledger = myelin.Ledger.create(
-                    folder / f"{owner.name}.ledger", epsilon=asked.epsilon, delta=1e-5
+                    folder / f"{owner.name}.ledger",
+                    commitment=key.commitment,
+                    epsilon=asked.epsilon,
+                    delta=1e-5,
                 )
             granted = grant(owner, job, fresh, key, slot=send.slot, ledger=ledger)
             service.accept(index, granted, sealed)

@@ -32,23 +32,23 @@ job = myelin.Job.draft(
     receives={"weights": [university.public], "score": [None]},
 )
 world = myelin.World.create(folder / "simulator", now=now)
-policy = myelin.Policy.dangerous_simulation(world.root)
+policy = myelin.Policy.dangerous_simulation(world.root).for_job(job)
 parts = {"image": built.image_path, "weights": built.weights_path, "attester": world}
 with myelin.Service(job=job, **parts) as service:
     for party in (*senders.values(), university):
         service.approve(job.approve(party))
     collateral = service.endorsements(now=now)
     for index, (name, records) in enumerate({**data, "Registry": test}.items()):
-        file, nonce = BytesIO(), secrets.token_bytes(32)
+        file, nonce, budget = BytesIO(), secrets.token_bytes(32), {"epsilon": 2, "delta": 1e-5}
         key = seal.seal_records(records.features, records.labels, file, capacity=160)
-        proven = service.evidence(nonce)
-        fresh = myelin.appraise(proven, collateral, policy.for_job(job), nonce, now)
-        ledger = (
-            myelin.Ledger.create(folder / name, epsilon=2, delta=1e-5) if name in data else None
-        )
-        slot = job.sends[index].slot
+        fresh = myelin.appraise(service.evidence(nonce), collateral, policy, nonce, now)
+        slot = {"slot": job.sends[index].slot}
+        if name in data:  # training records have a privacy budget
+            slot["ledger"] = myelin.Ledger.create(
+                folder / name, commitment=key.commitment, **budget
+            )
         file.seek(0)
-        service.accept(index, grant(senders[name], job, fresh, key, slot=slot, ledger=ledger), file)
+        service.accept(index, grant(senders[name], job, fresh, key, **slot), file)
     service.train()
     proof = receipt.verify(service.finish(), policy, collateral, now)
     (output,) = service.outputs()

@@ -47,7 +47,7 @@ def test_ten_runs_keep_their_accuracy(built: Any, tmp_path: Path) -> None:
             service.train()
             finished = service.finish()
             endorsements = service.endorsements(now=int(time.time()))
-        verified = receipt.verify(finished, policy, endorsements, int(time.time()))
+        verified = receipt.verify(finished, policy.for_job(job), endorsements, int(time.time()))
         assert verified.privacy.epsilon <= 2
         assert verified.privacy.delta == 1e-5
         assert verified.score is not None
@@ -83,7 +83,7 @@ def test_an_owner_whose_budget_is_spent_grants_no_more(built: Any, tmp_path: Pat
     owner = cast.everyone[job.parties[0].name]
     records = cast.records[owner.name]
     key = seal.seal_records(records.features, records.labels, BytesIO(), capacity=demo.CAPACITY)
-    ledger = Ledger.create(tmp_path / "ledger", epsilon=2.0, delta=1e-5)
+    ledger = Ledger.create(tmp_path / "ledger", commitment=key.commitment, epsilon=2.0, delta=1e-5)
     for expected in (None, grant.BudgetExceeded):
         with Service(
             job=job, image=built.image_path, weights=built.weights_path, attester=world

@@ -102,11 +102,13 @@ def test_the_score_inside_is_that_of_the_decoded_records(kind: str, tmp_path: Pa
             fresh = appraise(service.evidence(nonce), collateral, policy(job), nonce, NOW)
             ledger = None
             if slot == "records":
-                ledger = Ledger.create(tmp_path / "ledger", epsilon=100, delta=1e-5)
+                ledger = Ledger.create(
+                    tmp_path / "ledger", commitment=key.commitment, epsilon=100, delta=1e-5
+                )
             file.seek(0)
             service.accept(index, grant(member, job, fresh, key, slot=slot, ledger=ledger), file)
         service.train()
-        proof = receipt.verify(service.finish(), policy(), collateral, NOW)
+        proof = receipt.verify(service.finish(), policy(job), collateral, NOW)
     assert proof.score is not None
     assert (proof.score.correct, proof.score.total) == (COUNT - len(labels[::3]), COUNT)
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 from parties import (
     INSTANCE,
+    NONCE,
     NOW,
     PRIVACY,
     TESTER,
@@ -35,9 +38,8 @@ from myelin.errors import (
     GrantRefused,
     LedgerInvalid,
 )
-from myelin.evidence import Appraised, appraise
+from myelin.evidence import Appraised, Evidence, appraise, report_data
 from myelin.grant import GRANT, INNER, Ledger, check_grant, grant
-from myelin.job import ImageReference
 from myelin.party import Party
 from myelin.privacy import compose
 from myelin.seal import SealedKey
@@ -46,7 +48,7 @@ KEY = SealedKey(key=bytes([5] * 32), commitment=bytes([6] * 32))
 
 
 def ledger(folder: Path, epsilon: float = 10.0) -> Ledger:
-    return Ledger.create(folder / "ledger", epsilon=epsilon, delta=1e-5)
+    return Ledger.create(folder / "ledger", commitment=KEY.commitment, epsilon=epsilon, delta=1e-5)
 
 
 def opened(data: bytes, by: Party, digest: bytes) -> dict[str, Any]:
@@ -73,18 +75,35 @@ def test_grant_needs_an_appraisal_of_this_job_and_image(tmp_path: Path) -> None:
     with pytest.raises(GrantRefused) as refused:
         grant(A, made, other, KEY, ledger=book)
     assert refused.value.check == "job"
-    image = ImageReference(digest=bytes(32), measurement=bytes(32))
-    wrong_image = replace(appraised(made), measurement=image.measurement)
+    public = INSTANCE.public
+    bound = {"nonce": NONCE, "hpke": public.hpke, "sign": public.sign, "job": made.digest}
+    quote = world().quote(bytes(32), report_data(**bound))
+    elsewhere = policy(job=made.digest, measurements=(bytes(32),))
+    other = appraise(
+        Evidence(quote=quote, **bound).to_bytes(),
+        world().endorsements(now=NOW),
+        elsewhere,
+        NONCE,
+        NOW,
+    )
     with pytest.raises(GrantRefused) as refused:
-        grant(A, made, wrong_image, KEY, ledger=book)
+        grant(A, made, other, KEY, ledger=book)
     assert refused.value.check == "measurement"
     assert book.spent == 0
 
 
 def test_nothing_but_appraise_makes_an_appraisal() -> None:
     made = appraised(job())
+    fields = {name: getattr(made, name) for name in Appraised.__slots__}
     with pytest.raises(TypeError, match="only"):
-        Appraised(made.job, made.hpke, made.sign, made.measurement, made.platform, object())
+        Appraised(object(), **fields)
+    with pytest.raises(TypeError, match="cannot be changed"):
+        made.hpke = B.public.hpke
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied"):
+            duplicate(made)
+    with pytest.raises(TypeError, match="dataclass"):
+        replace(made, hpke=B.public.hpke)
 
 
 def test_rejected_evidence_gives_no_appraisal() -> None:
@@ -239,12 +258,12 @@ def test_out_of_range_numbers_are_damage(tmp_path: Path) -> None:
 def test_ledger_is_not_overwritten_and_must_exist(tmp_path: Path) -> None:
     book = ledger(tmp_path)
     with pytest.raises(LedgerInvalid, match="never overwritten"):
-        Ledger.create(book.path, epsilon=100.0, delta=1e-5)
+        Ledger.create(book.path, commitment=KEY.commitment, epsilon=100.0, delta=1e-5)
     with pytest.raises(LedgerInvalid, match="No such file"):
         Ledger.open(tmp_path / "other")
     for epsilon, delta in ((0.0, 1e-5), (float("inf"), 1e-5), (1.0, 0.0), (1.0, 1.0)):
         with pytest.raises(LedgerInvalid, match="is none"):
-            Ledger.create(tmp_path / "new", epsilon=epsilon, delta=delta)
+            Ledger.create(tmp_path / "new", commitment=KEY.commitment, epsilon=epsilon, delta=delta)
 
 
 def debit_some(path: Path, times: int) -> None:
@@ -267,3 +286,14 @@ def test_two_processes_share_one_ledger(tmp_path: Path) -> None:
         assert worker.exitcode == 0
     assert len(book.path.read_bytes().splitlines()) == 11
     assert book.spent == pytest.approx(compose([PRIVACY] * 10, 1e-5))
+
+
+def test_a_ledger_of_another_sealed_file_is_refused(tmp_path: Path) -> None:
+    made = job()
+    book = ledger(tmp_path)
+    other = SealedKey(key=KEY.key, commitment=bytes([7] * 32))
+    with pytest.raises(GrantRefused) as refused:
+        grant(A, made, appraised(made), other, ledger=book)
+    assert refused.value.check == "ledger"
+    assert book.spent == 0
+    assert Ledger.open(book.path) == book

@@ -4,16 +4,18 @@ from typing import Any
 
 import cbor2
 import pytest
-from parties import NOW, assert_all_refused, cases, vectors
+from parties import NOW, RESEARCHER, TESTER, A, B, assert_all_refused, cases, job, vectors
 
 from myelin import receipt
 from myelin.errors import ReceiptInvalid
+from myelin.job import Job
 from myelin.policy import Policy
 
 
 def verify(file: bytes, *, now: int = NOW, under: Policy | None = None) -> receipt.Receipt:
     case = vectors("receipt")
-    trusting = Policy.dangerous_simulation(case["root"])
+    known = Job.from_bytes(cbor2.loads(good())["job"])
+    trusting = Policy.dangerous_simulation(case["root"]).for_job(known)
     return receipt.verify(file, under or trusting, case["endorsements"], now)
 
 
@@ -59,7 +61,7 @@ def test_invalid_vectors(case: dict[str, str]) -> None:
 
 def test_production_policy_refuses_a_simulated_receipt() -> None:
     with pytest.raises(ReceiptInvalid, match="danger_simulator_root") as error:
-        verify(good(), under=Policy())
+        verify(good(), under=Policy(job=Job.from_bytes(cbor2.loads(good())["job"]).digest))
     assert error.value.check == "evidence"
 
 
@@ -68,6 +70,11 @@ def test_policy_for_another_image_or_job() -> None:
     for limits in ({"measurements": (bytes(32),)}, {"job": bytes(32)}):
         under = Policy.dangerous_simulation(root, **limits)
         assert refused(good(), under=under) == "policy"
+
+
+def test_a_policy_without_a_reference_value_judges_nothing() -> None:
+    root = vectors("receipt")["root"]
+    assert refused(good(), under=Policy.dangerous_simulation(root)) == "policy"
 
 
 def test_expired_endorsements() -> None:
@@ -84,6 +91,14 @@ def test_parts_of_another_receipt() -> None:
 
 
 def test_other_job_with_its_own_approvals_fails_at_the_evidence() -> None:
+    other = job()
+    approvals = [other.approve(member) for member in (A, B, TESTER, RESEARCHER)]
+    file = changed(job=other.to_bytes(), approvals=approvals)
+    under = Policy.dangerous_simulation(vectors("receipt")["root"]).for_job(other)
+    assert refused(file, under=under) == "evidence"
+
+
+def test_changed_job_fails_at_the_approvals() -> None:
     parts = cbor2.loads(good())
     fields = cbor2.loads(parts["job"])
     fields["weights"] = bytes(32)

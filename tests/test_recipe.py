@@ -51,7 +51,7 @@ def test_two_folders_give_the_same_bytes(
 def test_a_rebuild_from_the_model_file_gives_the_same_bytes(built: recipe.Build) -> None:
     again = recipe.rebuild(built.model_path.read_bytes())
     assert again.content == built.image.content
-    recipe.compare(again, measurement=built.image.measurement)
+    recipe.compare(again, built.image)
 
 
 def test_the_measurement_is_that_of_an_independent_reading(built: recipe.Build) -> None:
@@ -108,9 +108,9 @@ def test_a_mismatch_says_which_part_differs(
 ) -> None:
     other = make(tmp_path, **changes).image
     with pytest.raises(ImageMismatch, match=part):
-        recipe.compare(other, measurement=built.image.measurement, original=built.image)
+        recipe.compare(other, built.image, original=built.image)
     with pytest.raises(ImageMismatch, match="give the original image"):
-        recipe.compare(other, measurement=built.image.measurement)
+        recipe.compare(other, built.image)
 
 
 def test_another_runtime_is_named(
@@ -127,7 +127,7 @@ def test_another_runtime_is_named(
     )
     changed = recipe.rebuild(built.model_path.read_bytes())
     with pytest.raises(ImageMismatch, match="version of runtime"):
-        recipe.compare(changed, measurement=built.image.measurement, original=built.image)
+        recipe.compare(changed, built.image, original=built.image)
 
 
 def test_the_level_is_a_field_of_the_image(built: recipe.Build, tmp_path: Path) -> None:
@@ -236,3 +236,29 @@ def test_a_cache_that_cannot_be_written_stops_no_build(built: recipe.Build, tmp_
     (tmp_path / "file").write_text("no folder")
     cache = Cache(folder=tmp_path / "file" / "cache")
     assert make(tmp_path / "out", cache=cache).image.content == built.image.content
+
+
+def test_a_description_outside_the_measured_pages_is_refused(built: recipe.Build) -> None:
+    """Section headers are not measured: an author could point them at something friendlier."""
+    content = bytearray(built.image.content)
+    (table,) = struct.unpack_from("<Q", content, 40)
+    count, names = struct.unpack_from("<HH", content, 60)
+    (names_offset,) = struct.unpack_from("<Q", content, table + 64 * names + 24)
+    for index in range(count):
+        (title,) = struct.unpack_from("<I", content, table + 64 * index)
+        if content[names_offset + title :][:13] == b".description\0":
+            offset, size = struct.unpack_from("<QQ", content, table + 64 * index + 24)
+            friendlier = content[offset : offset + size].replace(b"train", b"trend")
+            struct.pack_into("<Q", content, table + 64 * index + 24, len(content))
+            content += friendlier
+            break
+    decoy = Image(content=bytes(content))
+    with pytest.raises(ImageInvalid, match="outside the measured read-only pages"):
+        _ = decoy.description
+
+
+def test_a_file_that_differs_outside_the_measured_pages_is_named(built: recipe.Build) -> None:
+    other = Image(content=built.image.content + b"more")
+    assert other.measurement == built.image.measurement
+    with pytest.raises(ImageMismatch, match="outside the measured pages"):
+        recipe.compare(other, built.image)

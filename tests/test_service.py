@@ -101,12 +101,14 @@ def test_grants_of_an_earlier_run_are_cleared_and_a_new_run_succeeds(
             time.sleep(0.01)
         endorsements = exchange.endorsements.read_text()
         fresh = appraise(evidence, endorsements, policy(job), nonce, NOW)
-        ledger = Ledger.create(tmp_path / "ledger", epsilon=100, delta=1e-5)
+        ledger = Ledger.create(
+            tmp_path / "ledger", commitment=key.commitment, epsilon=100, delta=1e-5
+        )
         place(exchange.grant("records", 0), grant(A, job, fresh, key, ledger=ledger))
     finally:
         running.join(timeout=30)
     verified = receipt.verify(
-        exchange.receipt.read_bytes(), policy(), exchange.endorsements.read_text(), NOW
+        exchange.receipt.read_bytes(), policy(job), exchange.endorsements.read_text(), NOW
     )
     assert verified.privacy.steps == 3
     assert exchange.output("weights", 1).exists()

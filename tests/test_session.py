@@ -80,8 +80,9 @@ class Stage:
         return appraise(claim.to_bytes(), endorsements, policy(self.job), nonce, NOW)
 
     def grant(self, member: Party, folder: Path, *, job: Job | None = None) -> bytes:
-        ledger = Ledger.create(folder / secrets.token_hex(4), epsilon=100, delta=1e-5)
         key = self.sealed[member.name][1]
+        path = folder / secrets.token_hex(4)
+        ledger = Ledger.create(path, commitment=key.commitment, epsilon=100, delta=1e-5)
         return grant(member, job or self.job, self.appraised(), key, ledger=ledger)
 
     def load(self, folder: Path) -> None:
@@ -168,7 +169,9 @@ def test_zero_gradients_release_exactly_the_noise_that_was_promised(
             fresh = appraise(
                 service.evidence(nonce), service.endorsements(now=NOW), policy(job), nonce, NOW
             )
-            ledger = Ledger.create(tmp_path / member.name, epsilon=100, delta=1e-5)
+            ledger = Ledger.create(
+                tmp_path / member.name, commitment=key.commitment, epsilon=100, delta=1e-5
+            )
             service.accept(index, grant(member, job, fresh, key, ledger=ledger), file)
         fields = PRIVACY.to_fields()
         service._enclave.weights(built.weights.tobytes())
@@ -180,7 +183,7 @@ def test_zero_gradients_release_exactly_the_noise_that_was_promised(
         finished = service.finish()
         (output,) = service.outputs()
         sealed = BytesIO(b"".join(output.sealed))
-    verified = receipt.verify(finished, policy(), world().endorsements(now=NOW), NOW)
+    verified = receipt.verify(finished, policy(job), world().endorsements(now=NOW), NOW)
     assert verified.privacy.steps == 1
     assert verified.privacy.epsilon < PRIVACY.epsilon
     plaintext = seal.open_output(

@@ -138,7 +138,7 @@ def run(folder: Path, tell: Teller, *, backend: Backend = "process") -> dict[str
     receipt_path, weights_path = folder / "receipt.cbor", folder / "weights.safetensors"
     receipt_path.write_bytes(finished)
     (folder / "endorsements.json").write_text(endorsements)
-    verified = receipt.verify(finished, policy, endorsements, int(time.time()))
+    verified = receipt.verify(finished, policy.for_job(job), endorsements, int(time.time()))
     plaintext = seal.open_output(
         cast.university,
         output.envelope,
@@ -184,7 +184,7 @@ def _make_image(folder: Path, tell: Teller) -> recipe.Build:
     image = built.image
     tell.say(f"   image {len(image.content):,} bytes, measurement {image.measurement.hex()}")
     again = recipe.rebuild(built.model_path.read_bytes())
-    recipe.compare(again, measurement=image.measurement, original=image)
+    recipe.compare(again, image, original=image)
     tell.say("   the registry rebuilt it from the model file: the same measurement")
     return built
 
@@ -224,7 +224,7 @@ def _grant_all(
         ledger = None
         if send.slot == "records":
             path = folder / f"{party.name}.ledger"
-            ledger = Ledger.create(path, epsilon=EPSILON, delta=DELTA)
+            ledger = Ledger.create(path, commitment=key.commitment, epsilon=EPSILON, delta=DELTA)
         granted = grant.grant(party, job, appraised, key, slot=send.slot, ledger=ledger)
         file.seek(0)
         service.accept(index, granted, file)

@@ -56,6 +56,8 @@ def grant(
 ) -> bytes:
     """Release a file key to the instance that was appraised; returns the signed grant.
 
+    `job` is the one that this party approved, from its own records: never a copy that the host
+    just handed over.
     For the slot `records` a ledger is needed, and debited before the grant exists. A `test` slot
     has none: its score is released exactly, which its owner agreed to by approving the job.
     Raises `GrantRefused` (job, measurement, party, ledger) and `BudgetExceeded`.
@@ -68,6 +70,8 @@ def grant(
     if slot == "records":
         if ledger is None:
             raise GrantRefused("ledger", "training records need a ledger to debit")
+        if ledger.commitment != sealed.commitment:
+            raise GrantRefused("ledger", f"{ledger.path} is the ledger of another sealed file")
         ledger.debit(job, appraised)
     elif ledger is not None:
         raise GrantRefused("ledger", f"the slot {slot!r} has no privacy budget; give no ledger")
@@ -103,24 +107,33 @@ def check_grant(data: bytes, job: Job) -> Send:
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """The privacy budget of one data set: an append-only text file that its owner keeps.
+    """The privacy budget of one sealed file: an append-only text file that its owner keeps.
 
-    The first line states the budget, every further line one grant. All grants compose, also two
+    The first line states the file's commitment and the budget, every further line one grant. All grants compose, also two
     for the same job, since each lets one instance run. A line is on disk before its grant exists;
     a crash in between costs budget, never privacy.
     """
 
     path: Path
+    commitment: bytes
+    """SHA-256 of the sealed file, 32 bytes."""
     epsilon: float
     """Budget, at `delta`, under add-or-remove-one neighbours."""
     delta: float
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], *, epsilon: float, delta: float) -> Ledger:
+    def create(
+        cls, path: str | os.PathLike[str], *, commitment: bytes, epsilon: float, delta: float
+    ) -> Ledger:
         """Open a new budget; refuses to overwrite."""
         if not (0 < epsilon < float("inf") and 0 < delta < 1):
             raise LedgerInvalid(f"a budget of epsilon {epsilon}, delta {delta} is none")
-        head = {"type": "myelin/ledger/1", "epsilon": epsilon, "delta": delta}
+        head = {
+            "type": "myelin/ledger/1",
+            "commitment": commitment.hex(),
+            "epsilon": epsilon,
+            "delta": delta,
+        }
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
@@ -128,14 +141,19 @@ class Ledger:
         with os.fdopen(descriptor, "wb") as file:
             _append(file, head)
         _sync_folder(Path(path).parent)
-        return cls(path=Path(path), epsilon=epsilon, delta=delta)
+        return cls(path=Path(path), commitment=commitment, epsilon=epsilon, delta=delta)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Ledger:
         """Read a ledger's budget; raises `LedgerInvalid`."""
         with _locked(Path(path)) as file:
             head, _ = _read(file, Path(path))
-        return cls(path=Path(path), epsilon=head["epsilon"], delta=head["delta"])
+        return cls(
+            path=Path(path),
+            commitment=bytes.fromhex(head["commitment"]),
+            epsilon=head["epsilon"],
+            delta=head["delta"],
+        )
 
     @property
     def spent(self) -> float:
@@ -198,6 +216,8 @@ def _read(file: BinaryIO, path: Path) -> tuple[dict[str, Any], list[Privacy]]:
         head, *lines = [json.loads(line) for line in content[:end].splitlines()]
         if head["type"] != "myelin/ledger/1" or not head["epsilon"] > 0 < head["delta"] < 1:
             raise ValueError("the first line states no budget")
+        if len(bytes.fromhex(head["commitment"])) != 32:
+            raise ValueError("the first line states no commitment")
         for line in lines:
             privacy.SCHEMA(line["privacy"], "privacy")
         return head, [Privacy.from_fields(line["privacy"]) for line in lines]

@@ -59,7 +59,17 @@ class Image:
     @cached_property
     def description(self) -> dict[str, Any]:
         """The measured description (docs/image.md)."""
-        content = _section(self.content, b".description")
+        offset, address, content = _section(self.content, b".description")
+        # Section headers are not measured: what they call the description must be in measured pages.
+        if not any(
+            segment.address <= address
+            and address + len(content) <= segment.address + len(segment.data)
+            and self.content[offset:][: len(content)]
+            == segment.data[address - segment.address :][: len(content)]
+            and not segment.writable
+            for segment in self.segments[:-1]
+        ):
+            raise ImageInvalid("image: its description lies outside the measured read-only pages")
         fields: dict[str, Any] = document.decode(content, _DESCRIPTION, limit=_DESCRIPTION_LIMIT)
         return fields
 
@@ -139,26 +149,28 @@ def _check_elf(content: bytes) -> None:
         )
 
 
-def _section(content: bytes, name: bytes) -> bytes:
-    """The bytes of one named section."""
+def _section(content: bytes, name: bytes) -> tuple[int, int, bytes]:
+    """Place in the file, address and bytes of one named section."""
     _check_elf(content)
     (table,) = struct.unpack_from("<Q", content, 40)
     entry_size, count, names_index = struct.unpack_from("<HHH", content, 58)
     if entry_size != 64 or names_index >= count or table + 64 * count > len(content):
         raise ImageInvalid("image: the section table lies outside the file")
 
-    def place(index: int) -> tuple[int, int, int]:
-        title, _, _, _, offset, size = struct.unpack_from("<IIQQQQ", content, table + 64 * index)
-        return title, offset, size
+    def place(index: int) -> tuple[int, int, int, int]:
+        title, _, _, address, offset, size = struct.unpack_from(
+            "<IIQQQQ", content, table + 64 * index
+        )
+        return title, address, offset, size
 
-    _, names_offset, names_size = place(names_index)
+    _, _, names_offset, names_size = place(names_index)
     names = content[names_offset : names_offset + names_size]
     for index in range(count):
-        title, offset, size = place(index)
+        title, address, offset, size = place(index)
         if names[title : title + len(name) + 1] == name + b"\0":
             if offset + size > len(content):
                 break
-            return content[offset : offset + size]
+            return offset, address, content[offset : offset + size]
     raise ImageInvalid(f"image: no section {name.decode()} inside the file")
 
 

@@ -132,7 +132,9 @@ def bundle(*, job: bytes, receipt: bytes, evidence: bytes, approvals: Sequence[b
 def verify(file: bytes, policy: Policy, endorsements: str, now: int) -> Receipt:
     """Verify a receipt file offline.
 
-    policy, endorsements, now: as for `myelin.evidence.appraise`; the policy need not name the job.
+    policy, endorsements, now: as for `myelin.evidence.appraise`, judged as at `now`. The policy must
+    name the job or a measurement that the caller has from elsewhere: a receipt cannot vouch for its
+    own image or parties.
     Raises `ReceiptInvalid` with the check: file, job, approvals, policy, evidence, signature,
     body, image, weights, inputs, outputs, privacy, score.
     """
@@ -142,6 +144,12 @@ def verify(file: bytes, policy: Policy, endorsements: str, now: int) -> Receipt:
         made = Job.from_bytes(parts["job"])
     with _check("approvals"):
         made.check_approvals(parts["approvals"])
+    if policy.job is None and not policy.measurements:
+        raise ReceiptInvalid(
+            "policy",
+            "it names neither the job nor a measurement, so any image would do; compare with the "
+            f"job that you know (this receipt is of {made.digest.hex()}), or rebuild the image",
+        )
     with _check("policy"):
         complete = policy.for_job(made)
     with _check("evidence"):
@@ -179,6 +187,8 @@ def verify(file: bytes, policy: Policy, endorsements: str, now: int) -> Receipt:
 def _privacy(fields: dict[str, Any], made: Job) -> Privacy:
     """The job's limits with the steps done, whose epsilon is computed here."""
     steps = fields["steps"]
+    if steps == 0:
+        raise ReceiptInvalid("privacy", "no step was done: the weights are the initial ones")
     if steps > made.privacy.steps:
         raise ReceiptInvalid("privacy", f"{steps} steps were done, {made.privacy.steps} allowed")
     _same("privacy", fields, made.privacy.to_fields() | {"steps": steps})

@@ -26,6 +26,7 @@ from myelin.document import encode
 from myelin.errors import BuildFailed, ImageMismatch, UsageError
 from myelin.features import Features
 from myelin.image import Image
+from myelin.job import Reference
 from myelin.kernels import object as kernel_object
 from myelin.kernels.cache import Cache
 from myelin.model import Model, load
@@ -165,10 +166,20 @@ def rebuild(document: bytes, *, progress: Progress = lambda stage: None) -> Imag
     return _compile(model, recipe, document, cache=None, dump=None, progress=progress)
 
 
-def compare(rebuilt: Image, *, measurement: bytes, original: Image | None = None) -> None:
-    """Raises `ImageMismatch`, naming the parts that differ, unless it measures the same."""
+def compare(rebuilt: Image, reference: Reference, *, original: Image | None = None) -> None:
+    """Raises `ImageMismatch`, naming the parts that differ, unless the rebuilt image is the same.
+
+    `reference` is the job's image, or an image; `original` the file to look for differences in.
+    """
+    measurement = reference.measurement
     if rebuilt.measurement == measurement:
-        return
+        if rebuilt.digest == reference.digest:
+            return
+        raise ImageMismatch(
+            f"measurement {measurement.hex()} is the same, but the file differs outside the "
+            f"measured pages: SHA-256 {rebuilt.digest.hex()}, the job names "
+            f"{reference.digest.hex()}; do not believe the job's file, use the rebuilt one"
+        )
     found = f"measurement {rebuilt.measurement.hex()}, the job names {measurement.hex()}"
     if original is None:
         raise ImageMismatch(f"{found}; give the original image to see which part differs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from myelin import document
 from myelin.document import Kind
@@ -60,21 +60,39 @@ class Evidence:
         return cls(**fields)
 
 
-@dataclass(frozen=True)
 class Appraised:
-    """An enclave instance that passed appraisal. Only `appraise` makes one."""
+    """An enclave instance that passed appraisal. Only `appraise` makes one.
+
+    It cannot be changed, copied or unpickled, so that nothing is granted without appraisal.
+    """
+
+    __slots__ = ("hpke", "job", "measurement", "platform", "sign")
 
     job: bytes
+    """The digest of the job that it runs."""
     hpke: bytes
+    """The instance's sealing key, 1,216 bytes."""
     sign: bytes
+    """The instance's signing key, 65 bytes."""
     measurement: bytes
+    """MRENCLAVE, 32 bytes."""
     platform: sgx.Platform
-    _proof: object
+    """What the quote says about the machine."""
 
-    def __post_init__(self) -> None:
-        """Refuse to be made anywhere else, so that nothing is granted without appraisal."""
-        if self._proof is not _APPRAISAL:
+    def __init__(self, proof: object, **fields: Any) -> None:
+        """Refuse to be made anywhere else."""
+        if proof is not _APPRAISAL:
             raise TypeError("only myelin.evidence.appraise makes an Appraised")
+        for name in self.__slots__:
+            object.__setattr__(self, name, fields[name])
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        """Refuse every change."""
+        raise TypeError("an Appraised cannot be changed; appraise again")
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled."""
+        raise TypeError("an Appraised cannot be copied; appraise again")
 
 
 _APPRAISAL = object()
@@ -135,4 +153,11 @@ def appraise(
             expected=bound.hex()[:32] + "…",
             hint="the keys, the nonce or the job are not those of the enclave that was quoted",
         )
-    return Appraised(claim.job, claim.hpke, claim.sign, quote.measurement, platform, _APPRAISAL)
+    return Appraised(
+        _APPRAISAL,
+        job=claim.job,
+        hpke=claim.hpke,
+        sign=claim.sign,
+        measurement=quote.measurement,
+        platform=platform,
+    )
