@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,7 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
         myelin(
             *("seal", root / name / "data.csv", "--capacity", 160),
             *("--labels", "real", "--out", sealed),
+            *(("--budget", 2) if SENDERS[name] == "records" else ()),
         )
     owners = [f"--records={root}/{name}/{name}.pub:160" for name in ("north", "river", "hill")]
     myelin(
@@ -77,8 +79,13 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
         *("--test", f"{root}/registry/registry.pub:160"),
         *("--weights", root / "university" / "university.pub"),
     )
-    for name in (*SENDERS, "university"):
-        myelin("approve", exchange, "--key", root / name / f"{name}.key")
+    everyone = (*SENDERS, "university")
+    pins = [f"--party={root}/{name}/{name}.pub" for name in everyone]
+    measurement = myelin("inspect", root / "build" / "image.elf")["measurement"]
+    for name in everyone:
+        # One rebuilds the image; the others have the measurement from somebody they trust.
+        how = ("--rebuild",) if name == "registry" else ("--measurement", measurement)
+        myelin("approve", exchange, "--key", root / name / f"{name}.key", *how, *pins)
     host = subprocess.Popen(
         [MYELIN, "run", str(exchange), "--simulator", str(world), "--wait", "120", "--json"],
         stdout=subprocess.PIPE,
@@ -90,11 +97,9 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
         policy.write_text(f'type = "myelin/policy/1"\ndanger_simulator_root = "{world}/root.pem"\n')
         granted = {}
         for name, slot in SENDERS.items():
-            ledger = ("--ledger", root / name / "ledger", "--budget", 2)
             granted[name] = myelin(
                 *("grant", exchange, "--key", root / name / f"{name}.key", "--slot", slot),
                 *("--sealed", root / name / "data.sealed", "--policy", policy, "--wait", 60),
-                *(ledger if slot == "records" else ()),
             )
         stdout, stderr = host.communicate(timeout=120)
         assert host.returncode == 0, stderr
@@ -106,6 +111,12 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
         host.wait()
 
 
+def verified(town: Town, *arguments: object, code: int = 0) -> dict[str, object]:
+    receipt, job = town.exchange / "receipt.cbor", town.exchange / "job.cbor"
+    given = arguments or ("--job", job)
+    return myelin("verify", receipt, "--policy", town.policy, *given, code=code)
+
+
 def test_every_sender_appraised_the_job_s_measurement(town: Town) -> None:
     image = myelin("inspect", town.exchange / "image.elf")
     for answer in town.granted.values():
@@ -114,7 +125,7 @@ def test_every_sender_appraised_the_job_s_measurement(town: Town) -> None:
 
 
 def test_the_receipt_verifies_and_states_privacy_and_score(town: Town) -> None:
-    answer = myelin("verify", town.exchange / "receipt.cbor", "--policy", town.policy)
+    answer = verified(town)
     assert 0 < float(str(answer["epsilon"])) <= 2
     assert answer["steps"] == 200
     assert answer["neighboring_relation"] == "add-or-remove-one"
@@ -132,7 +143,7 @@ def test_the_receiver_opens_weights_that_predict_what_the_receipt_says(town: Tow
     _, test = hospitals.load()
     outputs = test.features.astype(np.float64) @ weight.T.astype(np.float64) + bias
     accuracy = np.mean((outputs > 0) == (test.labels > 0.5))
-    receipt = myelin("verify", town.exchange / "receipt.cbor", "--policy", town.policy)
+    receipt = verified(town)
     assert abs(accuracy - float(str(receipt["score"]))) < 1 / len(test.labels) + 1e-9
 
 
@@ -161,6 +172,7 @@ def test_a_changed_receipt_is_invalid(town: Town) -> None:
     answer = myelin(
         *("verify", changed, "--policy", town.policy),
         *("--endorsements", town.exchange / "endorsements.json"),
+        *("--job", town.exchange / "job.cbor"),
         code=4,
     )
     assert "receipt invalid" in str(answer["stderr"])
@@ -169,8 +181,96 @@ def test_a_changed_receipt_is_invalid(town: Town) -> None:
 def test_a_production_policy_refuses_the_simulator(town: Town) -> None:
     policy = town.root / "production.toml"
     policy.write_text('type = "myelin/policy/1"\n')
-    answer = myelin("verify", town.exchange / "receipt.cbor", "--policy", policy, code=4)
+    receipt, job = town.exchange / "receipt.cbor", town.exchange / "job.cbor"
+    answer = myelin("verify", receipt, "--policy", policy, "--job", job, code=4)
     assert "root" in str(answer["stderr"])
+
+
+def test_a_receipt_is_judged_only_against_what_the_verifier_knows(town: Town) -> None:
+    policy = ("--endorsements", town.exchange / "endorsements.json")
+    answer = verified(town, *policy, code=4)
+    assert "names neither the job nor a measurement" in str(answer["stderr"])
+    assert "another job" in str(verified(town, "--job", "ab" * 32, code=4)["stderr"])
+    digest = str(verified(town)["job"])
+    assert verified(town, "--job", digest)["job"] == digest
+    assert set(verified(town)["parties"]) == {*SENDERS, "university"}  # type: ignore[call-overload]
+
+
+def test_an_expired_receipt_can_be_judged_as_at_its_time(town: Town) -> None:
+    job = ("--job", town.exchange / "job.cbor")
+    assert "xpired" in str(verified(town, *job, "--at", "2126-01-01T00:00Z", code=4)["stderr"])
+    now = datetime.now(UTC).isoformat(timespec="minutes")
+    assert verified(town, *job, "--at", now)["simulated"] is True
+
+
+def test_a_job_that_the_host_swaps_after_the_approval_gets_no_key(
+    town: Town, tmp_path: Path
+) -> None:
+    """The host writes a job of its own, with its own receiver, where the approved one lay."""
+    keys = tmp_path / "mallory"
+    myelin("keygen", "mallory", "--out", keys)
+    owners = [f"--records={town.root}/{n}/{n}.pub:160" for n in ("north", "river", "hill")]
+    swapped = tmp_path / "exchange"
+    myelin(
+        *("job", town.root / "build", "--exchange", swapped, *owners, *PRIVACY),
+        *("--weights", keys / "mallory.pub"),
+    )
+    north = town.root / "north"
+    answer = myelin(
+        *("grant", swapped, "--key", north / "north.key", "--sealed", north / "data.sealed"),
+        *("--policy", town.policy, "--wait", 1),
+        code=1,
+    )
+    assert "approval" in str(answer["stderr"])
+    assert not (swapped / "grants").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "word"),
+    [
+        ((), 2, "say how you know the image"),
+        (("--measurement", "00" * 32), 6, "you know 00"),
+        (("--danger-unchecked-image", "--party", "hill"), 2, "not among the public files"),
+    ],
+)
+def test_nobody_approves_blindly(town: Town, how: tuple[str, ...], code: int, word: str) -> None:
+    given = [f"{town.root}/{one}/{one}.pub" if one == "hill" else one for one in how]
+    key = town.root / "north" / "north.key"
+    answer = myelin("approve", town.exchange, "--key", key, *given, code=code)
+    assert word in str(answer["stderr"])
+
+
+def test_training_records_without_a_budget_are_not_granted(town: Town, tmp_path: Path) -> None:
+    sealed = tmp_path / "data.sealed"
+    table = town.root / "north" / "data.csv"
+    myelin("seal", table, "--capacity", 160, "--labels", "real", "--out", sealed)
+    answer = myelin(
+        *("grant", town.exchange, "--key", town.root / "north" / "north.key"),
+        *("--sealed", sealed, "--policy", town.policy),
+        code=2,
+    )
+    assert "--budget" in str(answer["stderr"])
+
+
+def test_a_spent_budget_ends_with_5(town: Town) -> None:
+    """The same job again would spend epsilon 2 twice; the host still answers with evidence."""
+    world = town.root / "host" / "world"
+    host = subprocess.Popen(
+        [MYELIN, "run", str(town.exchange), "--simulator", str(world), "--wait", "60"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        north = town.root / "north"
+        answer = myelin(
+            *("grant", town.exchange, "--key", north / "north.key", "--policy", town.policy),
+            *("--sealed", north / "data.sealed", "--wait", 60),
+            code=5,
+        )
+    finally:
+        host.kill()
+        host.wait()
+    assert "budget exceeded" in str(answer["stderr"])
 
 
 @pytest.mark.parametrize(

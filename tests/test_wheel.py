@@ -79,7 +79,7 @@ def test_the_wheel_alone_verifies_a_receipt(trained: Path, wheel: Path, tmp_path
     answer = json.loads(
         run(
             *(binaries / "myelin", "verify", trained / "receipt.cbor", "--policy", policy),
-            *("--endorsements", trained / "endorsements.json", "--json"),
+            *("--job", trained / "job.cbor", "--json"),
         )
     )
     assert answer["simulated"] is True

@@ -11,12 +11,13 @@ import importlib.util
 import inspect as inspection
 import json
 import secrets
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from myelin.errors import MyelinError, UsageError
+from myelin.errors import ImageMismatch, MyelinError, UsageError
 
 app = typer.Typer(
     name="myelin",
@@ -249,20 +250,69 @@ def write_job(
 
 
 @app.command()
-def approve(exchange: ExchangeFolder, key: Key, as_json: Json = False) -> None:
-    """Approve the job of an exchange folder, after reading the table that this prints.
+def approve(
+    exchange: ExchangeFolder,
+    key: Key,
+    measurement: Annotated[
+        str | None, typer.Option(help="The image's measurement as you know it, hex.")
+    ] = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Rebuild the image here and compare.")
+    ] = False,
+    unchecked: Annotated[
+        bool, typer.Option("--danger-unchecked-image", help="Approve an image nobody checked.")
+    ] = False,
+    party: Annotated[
+        list[Path] | None,
+        typer.Option(help="A public file that you trust; with any, all others must be given."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Approve the job of an exchange folder, after checking its image and reading its tables.
 
-    Example: myelin approve exchange --key north/hospital-north.key
+    The approved job is kept beside your key: grant and fetch believe that copy only.
+
+    Example: myelin approve exchange --key north/hospital-north.key --rebuild
     """
-    from myelin.exchange import place
+    from myelin.exchange import Exchange, place
+    from myelin.job import Job, keep_approved
+    from myelin.party import Party, PublicParty
 
-    where, job, party = _open(exchange, key)
-    _table(
-        [("what", "from", "seen by"), *((r.what, r.source, r.visible_to) for r in job.describe())]
+    if (measurement is not None) + rebuild + unchecked != 1:
+        raise UsageError(
+            "say how you know the image: --measurement HEX, --rebuild, or --danger-unchecked-image"
+        )
+    where, owner = Exchange(folder=exchange), Party.load(key)
+    job = Job.from_bytes(where.job.read_bytes())
+    index = _index(job, owner)
+    pinned = [owner.public, *(PublicParty.load(path) for path in party or [])]
+    _show(job, pinned)
+    if party and (unknown := [one.name for one in job.parties if one not in pinned]):
+        raise UsageError(f"not among the public files given: {', '.join(unknown)}; ask them")
+    if measurement is not None and measurement.lower() != job.image.measurement.hex():
+        raise ImageMismatch(
+            f"the job names measurement {job.image.measurement.hex()}, you know {measurement}"
+        )
+    if rebuild:
+        from myelin import recipe
+        from myelin.image import Image
+
+        with _stages() as stage:
+            rebuilt = recipe.rebuild(where.model.read_bytes(), progress=stage)
+        recipe.compare(rebuilt, job.image, original=Image.read(where.image))
+    approval = where.approval(index)
+    kept = keep_approved(job, key)
+    place(approval, job.approve(owner))
+    _answer(
+        {
+            "approval": str(approval),
+            "job": job.digest.hex(),
+            "kept": str(kept),
+            "measurement": job.image.measurement.hex(),
+            "image": "rebuilt" if rebuild else "unchecked" if unchecked else "as given",
+        },
+        as_json,
     )
-    approval = where.approval(_index(job, party))
-    place(approval, job.approve(party))
-    _answer({"approval": str(approval), "job": job.digest.hex()}, as_json)
 
 
 @app.command("seal")
@@ -276,21 +326,33 @@ def seal_data(
     features: Annotated[
         str, typer.Option(help="How the image keeps features: float32, float16 or uint8.")
     ] = "float32",
+    budget_epsilon: Annotated[
+        float | None,
+        typer.Option("--budget", help="Epsilon that training on this file may spend in all."),
+    ] = None,
+    delta: Annotated[float, typer.Option(help="Delta of the budget.")] = 1e-5,
     as_json: Json = False,
 ) -> None:
-    """Encrypt a data set once. The file may lie anywhere; its key stays with you.
+    """Encrypt a data set once. The file may lie anywhere; its key and its ledger stay with you.
 
-    Example: myelin seal north.csv --capacity 160 --labels real --out north.sealed
+    Training records need a --budget, test records must have none.
+
+    Example: myelin seal north.csv --capacity 160 --labels real --budget 2 --out north.sealed
     """
+    from myelin.grant import Ledger
     from myelin.seal import key_path, seal_records
 
     values, answers = _data(data, labels, features)
     with _bar("seal", None) as told:
         sealed = seal_records(values, answers, out, capacity=capacity, progress=told)
+    ledger = _ledger_path(out)
+    if budget_epsilon is not None:
+        Ledger.create(ledger, commitment=sealed.commitment, epsilon=budget_epsilon, delta=delta)
     _answer(
         {
             "sealed": str(out),
             "key": str(key_path(out)),
+            "ledger": None if budget_epsilon is None else str(ledger),
             "records": len(values),
             "commitment": sealed.commitment.hex(),
         },
@@ -302,22 +364,15 @@ def seal_data(
 def grant_key(
     exchange: ExchangeFolder,
     key: Key,
-    sealed: Annotated[Path, typer.Option(help="Your sealed file; its key lies beside it.")],
+    sealed: Annotated[Path, typer.Option(help="Your sealed file; key and ledger lie beside it.")],
     policy: Annotated[Path, typer.Option(help="Your appraisal policy, TOML.")],
     slot: Annotated[str, typer.Option(help="records or test.")] = "records",
-    ledger: Annotated[
-        Path | None, typer.Option(help="Your budget ledger; made if missing, see --budget.")
-    ] = None,
-    budget_epsilon: Annotated[
-        float | None, typer.Option("--budget", help="Epsilon of a new ledger.")
-    ] = None,
     wait_seconds: Annotated[float, typer.Option("--wait", help="Seconds to wait.")] = 600.0,
     as_json: Json = False,
 ) -> None:
     """Appraise the running enclave, debit your ledger, release your key to that enclave alone.
 
     Example: myelin grant exchange --key north.key --sealed north.sealed --policy policy.toml
-    --ledger north.ledger --budget 2
     """
     from myelin.evidence import appraise
     from myelin.exchange import place, wait
@@ -328,14 +383,9 @@ def grant_key(
     where, job, party = _open(exchange, key)
     index = _index(job, party)
     rules = Policy.load(policy).for_job(job)
-    if ledger is None:
-        book = None
-    elif ledger.exists():
-        book = Ledger.open(ledger)
-    elif budget_epsilon is None:
-        raise UsageError(f"{ledger} does not exist; name its epsilon with --budget to make it")
-    else:
-        book = Ledger.create(ledger, epsilon=budget_epsilon, delta=job.privacy.delta)
+    if slot == "records" and not _ledger_path(sealed).exists():
+        raise UsageError(f"{sealed} has no ledger: seal training records with --budget")
+    book = Ledger.open(_ledger_path(sealed)) if slot == "records" else None
     secret = SealedKey.load(key_path(sealed))
     nonce = secrets.token_bytes(32)
     where.evidence(index).unlink(missing_ok=True)
@@ -349,8 +399,8 @@ def grant_key(
     appraised = appraise(evidence, endorsements, rules, nonce, int(time.time()))
     granted = grant(party, job, appraised, secret, slot=slot, ledger=book)
     if not where.sealed(slot, index).exists():
-        where.sealed(slot, index).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(sealed, where.sealed(slot, index))
+        with sealed.open("rb") as file:
+            place(where.sealed(slot, index), iter(lambda: file.read(1 << 20), b""))
     place(where.grant(slot, index), granted)
     if rules.simulator_root is not None:
         _people.print("The TEE is simulated: nothing is protected from the machine it runs on.")
@@ -427,9 +477,8 @@ def fetch(
 
     where, job, party = _open(exchange, key)
     index = _index(job, party)
-    verified = _verified(where.receipt, policy, where.endorsements)
-    if verified.job.digest != job.digest:
-        raise UsageError("the receipt is of another job than job.cbor")
+    rules = _rules(policy).for_job(job)
+    verified = _verified(where.receipt, rules, where.endorsements, int(time.time()))
     plaintext = open_output(
         party,
         where.envelope("weights", index).read_bytes(),
@@ -442,30 +491,48 @@ def fetch(
     if image.digest != job.image.digest:
         raise UsageError(f"{where.image} is not the job's image")
     values = unpack(image.description["parameters"], np.frombuffer(plaintext, np.float32))
-    safetensors.numpy.save_file(values, out)
-    _answer({"weights": str(out), "parameters": sorted(values)}, as_json)
+    simulated = rules.simulator_root is not None
+    notes = {"job": job.digest.hex(), "tee": "simulated" if simulated else "sgx"}
+    safetensors.numpy.save_file(values, out, metadata=notes)
+    _answer({"weights": str(out), "parameters": sorted(values), "simulated": simulated}, as_json)
 
 
 @app.command()
 def verify(
     receipt: Annotated[Path, typer.Argument(help="A receipt file.")],
     policy: Annotated[Path, typer.Option(help="Your appraisal policy, TOML.")],
+    job: Annotated[
+        str | None,
+        typer.Option(help="The job as you know it: its file, or its digest in hex."),
+    ] = None,
     endorsements: Annotated[
         Path | None, typer.Option(help="Collateral, JSON; the receipt's neighbour if not given.")
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(help="Judge as at this time, such as 2026-11-24T12:00Z; now if not given."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Verify a receipt offline. Exit code 4 when it does not hold.
 
-    Example: myelin verify receipt.cbor --policy policy.toml
+    The policy or --job must say which job or image you expect. Collateral expires: --at judges as
+    at an earlier time.
+
+    Example: myelin verify receipt.cbor --policy policy.toml --job job.cbor
     """
     from myelin.privacy import NEIGHBORING_RELATION
 
-    verified = _verified(receipt, policy, endorsements or receipt.parent / "endorsements.json")
+    rules = _rules(policy)
+    if job is not None:
+        rules = _expecting(rules, job)
+    collateral = endorsements or receipt.parent / "endorsements.json"
+    verified = _verified(receipt, rules, collateral, _seconds(at))
     _answer(
         {
             "job": verified.job.digest.hex(),
             "measurement": verified.job.image.measurement.hex(),
+            "parties": {one.name: one.fingerprint for one in verified.job.parties},
             "simulated": verified.appraised.platform.authority == "simulator",
             "steps": verified.privacy.steps,
             "epsilon": verified.privacy.epsilon,
@@ -502,7 +569,7 @@ def rebuild_image(
     with _stages() as stage:
         rebuilt = recipe.rebuild(model.read_bytes(), progress=stage)
     original = None if image is None else Image.read(image)
-    recipe.compare(rebuilt, measurement=made.image.measurement, original=original)
+    recipe.compare(rebuilt, made.image, original=original)
     _answer({"measurement": rebuilt.measurement.hex(), "digest": rebuilt.digest.hex()}, as_json)
 
 
@@ -550,12 +617,37 @@ def _privacy(
 
 
 def _open(folder: Path, key: Path) -> tuple[Any, Any, Any]:
+    """Exchange, the job as this party approved it, the party."""
+    from myelin.document import digest
     from myelin.exchange import Exchange
-    from myelin.job import Job
+    from myelin.job import approved
     from myelin.party import Party
 
-    where = Exchange(folder=folder)
-    return where, Job.from_bytes(where.job.read_bytes()), Party.load(key)
+    where, party = Exchange(folder=folder), Party.load(key)
+    return where, approved(digest(where.job.read_bytes()), key), party
+
+
+def _show(job: Any, pinned: list[Any]) -> None:
+    """What a party approves, in two tables."""
+    spent = job.privacy
+    _table(
+        [
+            ("job", job.digest.hex()),
+            ("image measurement", job.image.measurement.hex()),
+            ("privacy", f"epsilon {spent.epsilon:g}, delta {spent.delta:g}, {spent.steps} steps"),
+            *(
+                (
+                    f"party {one.name}",
+                    f"{one.fingerprint} {'known' if one in pinned else 'compare with them'}",
+                )
+                for one in job.parties
+            ),
+        ],
+        header=False,
+    )
+    _table(
+        [("what", "from", "seen by"), *((r.what, r.source, r.visible_to) for r in job.describe())]
+    )
 
 
 def _index(job: Any, party: Any) -> int:
@@ -574,14 +666,44 @@ def _sender(text: str) -> tuple[Any, int]:
     return PublicParty.load(path), _integers(capacity, "capacity")[0]
 
 
-def _verified(receipt: Path, policy: Path, endorsements: Path) -> Any:
+def _ledger_path(sealed: Path) -> Path:
+    return sealed.with_name(sealed.name + ".ledger")
+
+
+def _rules(policy: Path) -> Any:
     from myelin.policy import Policy
-    from myelin.receipt import verify
 
     rules = Policy.load(policy)
     if rules.simulator_root is not None:
         _people.print("The TEE was simulated: the receipt shows function, not confidentiality.")
-    return verify(receipt.read_bytes(), rules, endorsements.read_text(), int(time.time()))
+    return rules
+
+
+def _expecting(rules: Any, job: str) -> Any:
+    from myelin.job import Job
+
+    if Path(job).exists():
+        return rules.for_job(Job.from_bytes(Path(job).read_bytes()))
+    try:
+        return replace(rules, job=bytes.fromhex(job))
+    except ValueError:
+        raise UsageError(f"job {job!r}: neither a file nor a digest in hex") from None
+
+
+def _verified(receipt: Path, rules: Any, endorsements: Path, now: int) -> Any:
+    from myelin.receipt import verify
+
+    return verify(receipt.read_bytes(), rules, endorsements.read_text(), now)
+
+
+def _seconds(at: str | None) -> int:
+    if at is None:
+        return int(time.time())
+    try:
+        moment = datetime.fromisoformat(at)
+    except ValueError:
+        raise UsageError(f"time {at!r}: write it as 2026-11-24T12:00Z") from None
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
 def _integers(text: str, what: str) -> list[int]:

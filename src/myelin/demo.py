@@ -138,6 +138,7 @@ def run(folder: Path, tell: Teller, *, backend: Backend = "process") -> dict[str
     receipt_path, weights_path = folder / "receipt.cbor", folder / "weights.safetensors"
     receipt_path.write_bytes(finished)
     (folder / "endorsements.json").write_text(endorsements)
+    (folder / "job.cbor").write_bytes(job.to_bytes())
     verified = receipt.verify(finished, policy.for_job(job), endorsements, int(time.time()))
     plaintext = seal.open_output(
         cast.university,

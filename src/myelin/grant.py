@@ -109,9 +109,9 @@ def check_grant(data: bytes, job: Job) -> Send:
 class Ledger:
     """The privacy budget of one sealed file: an append-only text file that its owner keeps.
 
-    The first line states the file's commitment and the budget, every further line one grant. All grants compose, also two
-    for the same job, since each lets one instance run. A line is on disk before its grant exists;
-    a crash in between costs budget, never privacy.
+    The first line states the file's commitment and the budget, every further line one grant. All
+    grants compose, also two for the same job, since each lets one instance run. A line is on disk
+    before its grant exists; a crash in between costs budget, never privacy.
     """
 
     path: Path

@@ -60,7 +60,7 @@ class Image:
     def description(self) -> dict[str, Any]:
         """The measured description (docs/image.md)."""
         offset, address, content = _section(self.content, b".description")
-        # Section headers are not measured: what they call the description must be in measured pages.
+        # Section headers are not measured: what they call the description must be measured.
         if not any(
             segment.address <= address
             and address + len(content) <= segment.address + len(segment.data)

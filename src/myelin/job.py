@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from myelin import document, privacy
 from myelin.document import Envelope, Kind
-from myelin.errors import DocumentInvalid
+from myelin.errors import DocumentInvalid, GrantRefused
 from myelin.party import Party, PublicParty
 from myelin.privacy import Privacy, largest_batch
 
@@ -304,6 +305,36 @@ def _party(fields: dict[str, Any]) -> PublicParty:
         return PublicParty(**fields)
     except DocumentInvalid as error:
         raise DocumentInvalid("job-wrong", f"party {fields['name']!r}: {error.detail}") from None
+
+
+# What a party approved is kept beside its key: later steps take the job from there, never from
+# the host, who could have put another one in its place.
+
+
+def keep_approved(job: Job, key: Path) -> Path:
+    """Keep an approved job beside the party's key file; returns where."""
+    path = _approved(job.digest, key)
+    path.write_bytes(job.to_bytes())
+    return path
+
+
+def approved(digest: bytes, key: Path) -> Job:
+    """The job of that digest as this party approved it; `GrantRefused` approval if it did not."""
+    path = _approved(digest, key)
+    if not path.exists():
+        raise GrantRefused(
+            "approval",
+            f"the owner of {key} has not approved job {digest.hex()}: {path} does not exist; "
+            "if the job changed, read it and approve it first",
+        )
+    job = Job.from_bytes(path.read_bytes())
+    if job.digest != digest:
+        raise GrantRefused("approval", f"{path} holds another job, {job.digest.hex()}")
+    return job
+
+
+def _approved(digest: bytes, key: Path) -> Path:
+    return key.with_name(f"{key.stem}.{digest.hex()[:32]}.job")
 
 
 def _refuse_unless(holds: bool, detail: str, *, reason: str = "job-wrong") -> None:

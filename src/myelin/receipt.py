@@ -132,9 +132,9 @@ def bundle(*, job: bytes, receipt: bytes, evidence: bytes, approvals: Sequence[b
 def verify(file: bytes, policy: Policy, endorsements: str, now: int) -> Receipt:
     """Verify a receipt file offline.
 
-    policy, endorsements, now: as for `myelin.evidence.appraise`, judged as at `now`. The policy must
-    name the job or a measurement that the caller has from elsewhere: a receipt cannot vouch for its
-    own image or parties.
+    policy, endorsements, now: as for `myelin.evidence.appraise`, judged as at `now`. The policy
+    must name the job or a measurement that the caller has from elsewhere: a receipt cannot vouch
+    for its own image or parties.
     Raises `ReceiptInvalid` with the check: file, job, approvals, policy, evidence, signature,
     body, image, weights, inputs, outputs, privacy, score.
     """
