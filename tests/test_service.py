@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parties import NOW, RESEARCHER, A, policy, world
+from parties import NOW, RESEARCHER, A, party, policy, world
 
 from myelin import nn, receipt, recipe, seal
 from myelin.errors import ExchangeError
@@ -74,6 +74,25 @@ def test_missing_approvals_are_named(exchange: Exchange, job: Job) -> None:
         host(exchange)
 
 
+def test_junk_in_place_of_an_approval_is_named_and_waited_out(exchange: Exchange, job: Job) -> None:
+    said: list[str] = []
+    place(exchange.approval(0), b"junk")
+    place(exchange.approval(1), job.approve(A))
+    with pytest.raises(ExchangeError, match=r"no approval within 0.3 s from: a, researcher"):
+        host(exchange, say=said.append)
+    assert sum("is no approval by" in line for line in said) == 2
+
+
+def test_a_sealed_file_that_is_still_coming_is_waited_for(exchange: Exchange, job: Job) -> None:
+    approve(exchange, job)
+    place(exchange.sealed("records", 0), b"the first bytes of it")
+    place(exchange.grant("records", 0), b"never read before the file is whole")
+    said: list[str] = []
+    with pytest.raises(ExchangeError, match="no grant"):
+        host(exchange, say=said.append)
+    assert not any("no grant by" in line for line in said)
+
+
 def test_missing_grants_are_named(exchange: Exchange, job: Job) -> None:
     approve(exchange, job)
     with pytest.raises(ExchangeError, match=r"no grant within 0.3 s from: a \(records\); nothing"):
@@ -85,12 +104,15 @@ def test_grants_of_an_earlier_run_are_cleared_and_a_new_run_succeeds(
 ) -> None:
     approve(exchange, job)
     place(exchange.grant("records", 0), b"a grant to an instance that is gone")
+    said: list[str] = []
     place(exchange.evidence(0), OLD)
     features = np.ones((5, 3), np.float32)
     sealed = exchange.sealed("records", 0)
     sealed.parent.mkdir()
     key = seal.seal_records(features, np.ones((5, 1), np.float32), sealed, capacity=20)
-    running = threading.Thread(target=host, args=(exchange,), kwargs={"wait_seconds": 20})
+    running = threading.Thread(
+        target=host, args=(exchange,), kwargs={"wait_seconds": 20, "say": said.append}
+    )
     running.start()
     try:
         nonce = bytes(range(32))
@@ -101,12 +123,19 @@ def test_grants_of_an_earlier_run_are_cleared_and_a_new_run_succeeds(
             time.sleep(0.01)
         endorsements = exchange.endorsements.read_text()
         fresh = appraise(evidence, endorsements, policy(job), nonce, NOW)
+        # Junk that anyone may leave costs nobody anything.
+        place(exchange.grant("records", 0), b"junk")
+        time.sleep(0.2)
+        stranger = party("stranger").sign("myelin/grant/1", {"job": job.digest})
+        place(exchange.grant("records", 0), stranger)
+        time.sleep(0.2)
         ledger = Ledger.create(
             tmp_path / "ledger", commitment=key.commitment, epsilon=100, delta=1e-5
         )
         place(exchange.grant("records", 0), grant(A, job, fresh, key, ledger=ledger))
     finally:
         running.join(timeout=30)
+    assert sum("is no grant by a" in line for line in said) == 2
     verified = receipt.verify(
         exchange.receipt.read_bytes(), policy(job), exchange.endorsements.read_text(), NOW
     )

@@ -300,6 +300,11 @@ def _seal_to(
     return sealed
 
 
+def sealed_size(length: int) -> int:
+    """Bytes of the sealed file of `length` plaintext bytes."""
+    return HEADER + length + TAG * ((length + CHUNK - 1) // CHUNK)
+
+
 def key_path(path: str | os.PathLike[str]) -> Path:
     """Where the key of a sealed file lies: `FILE.key`."""
     return Path(path).with_name(Path(path).name + ".key")

@@ -11,18 +11,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol, Self
+from typing import BinaryIO, Protocol, Self
 
 import safetensors.numpy
 
 from myelin import receipt
 from myelin.cell import Backend, Cell
 from myelin.enclave import Enclave
-from myelin.errors import ExchangeError, ImageMismatch
+from myelin.errors import DocumentInvalid, EnclaveRefused, ExchangeError, ImageMismatch
 from myelin.evidence import Evidence
 from myelin.exchange import Exchange, place
+from myelin.grant import check_grant
 from myelin.image import Image
-from myelin.job import Job, Receive
+from myelin.job import Job, Receive, Send
+from myelin.seal import RECORD_HEADER, sealed_size
 from myelin.weights import pack
 
 NONCE = 32
@@ -77,6 +79,7 @@ class Service:
         self._measurement = content.measurement
         description = content.description
         values = safetensors.numpy.load_file(weights)
+        self._record = description["record"]["features"] + description["record"]["label"]
         self._weights = pack(description["parameters"], values).tobytes()
         self.cell = Cell(
             image,
@@ -108,16 +111,26 @@ class Service:
         """Collateral for the evidence, JSON."""
         return self._attester.endorsements(now=now)
 
-    def accept(
-        self, index: int, grant: bytes, sealed: Path | BinaryIO, progress: Any = None
-    ) -> None:
+    def accept(self, index: int, grant: bytes, sealed: Path | BinaryIO) -> None:
         """Hands over an owner's grant and streams in the sealed file of entry `index` of sends."""
+        self.grant(grant)
+        self.load(index, sealed)
+
+    def grant(self, grant: bytes) -> None:
+        """Hands over an owner's grant."""
         self._enclave.grant(grant)
+
+    def load(self, index: int, sealed: Path | BinaryIO) -> None:
+        """Streams in the sealed file of entry `index` of the job's sends."""
         if isinstance(sealed, Path):
             with sealed.open("rb") as stream:
-                self._enclave.load(index, stream, progress)
+                self._enclave.load(index, stream)
         else:
-            self._enclave.load(index, sealed, progress)
+            self._enclave.load(index, sealed)
+
+    def sealed_size(self, send: Send) -> int:
+        """Bytes of the sealed file that belongs to an entry of the job's sends."""
+        return sealed_size(RECORD_HEADER + send.capacity * self._record)
 
     def train(self, progress: Callable[[int], None] = lambda done: None) -> int:
         """Trains all steps of the job; `progress` is told the steps done. Returns that number."""
@@ -220,11 +233,24 @@ def _gather_approvals(
     exchange: Exchange, job: Job, service: Service, seconds: float, say: Callable[[str], None]
 ) -> None:
     waiting = dict(enumerate(job.parties))
+    refused: set[bytes] = set()
     until = time.monotonic() + seconds
     while waiting:
         for index in [index for index in waiting if exchange.approval(index).exists()]:
-            service.approve(exchange.approval(index).read_bytes())
-            say(f"{waiting.pop(index).name} approves")
+            name, approval = waiting[index].name, exchange.approval(index).read_bytes()
+            if approval in refused:
+                continue
+            try:
+                if job.check_approval(approval) != job.parties[index]:
+                    raise DocumentInvalid("party-unknown", "it is another party's")
+                service.approve(approval)
+            except (DocumentInvalid, EnclaveRefused) as error:
+                # Anyone may write into the folder; it costs the others nothing.
+                refused.add(approval)
+                say(f"what lies at {exchange.approval(index)} is no approval by {name}: {error}")
+                continue
+            say(f"{name} approves")
+            del waiting[index]
             until = time.monotonic() + seconds
         _pause(until, seconds, "approval", [party.name for party in waiting.values()])
 
@@ -233,28 +259,58 @@ def _gather_grants(
     exchange: Exchange, job: Job, service: Service, seconds: float, say: Callable[[str], None]
 ) -> None:
     waiting = dict(enumerate(job.sends))
-    answered: set[bytes] = set()
+    seen: set[bytes] = set()
     until = time.monotonic() + seconds
     while waiting:
         for party in range(len(job.parties)):
             if exchange.nonce(party).exists():
                 nonce = exchange.nonce(party).read_bytes()
-                if len(nonce) == NONCE and nonce not in answered:
-                    answered.add(nonce)
+                if len(nonce) == NONCE and nonce not in seen:
+                    seen.add(nonce)
                     place(exchange.evidence(party), service.evidence(nonce))
                     say(f"{job.parties[party].name} asked for evidence")
                     until = time.monotonic() + seconds
         for index, send in list(waiting.items()):
-            grant, sealed = (
-                path(send.slot, send.party) for path in (exchange.grant, exchange.sealed)
-            )
-            if grant.exists() and sealed.exists():
-                service.accept(index, grant.read_bytes(), sealed)
+            if _take(exchange, job, service, index, seen, say):
                 say(f"{job.parties[send.party].name} sent {send.slot}")
                 del waiting[index]
                 until = time.monotonic() + seconds
         missing = [f"{job.parties[send.party].name} ({send.slot})" for send in waiting.values()]
         _pause(until, seconds, "grant", missing)
+
+
+def _take(
+    exchange: Exchange,
+    job: Job,
+    service: Service,
+    index: int,
+    seen: set[bytes],
+    say: Callable[[str], None],
+) -> bool:
+    """Takes one send if its grant and its sealed file are there; says why a grant is not taken."""
+    send = job.sends[index]
+    path = exchange.grant(send.slot, send.party)
+    sealed = exchange.sealed(send.slot, send.party)
+    # A file that is still being copied is waited for.
+    if (
+        not path.exists()
+        or not sealed.exists()
+        or sealed.stat().st_size != service.sealed_size(send)
+    ):
+        return False
+    grant = path.read_bytes()
+    if grant in seen:
+        return False
+    seen.add(grant)
+    try:
+        if check_grant(grant, job) != send:
+            raise DocumentInvalid("grant-wrong", "it is for another slot or party")
+        service.grant(grant)
+    except (DocumentInvalid, EnclaveRefused) as error:
+        say(f"what lies at {path} is no grant by {job.parties[send.party].name}: {error}")
+        return False
+    service.load(index, sealed)
+    return True
 
 
 def _pause(until: float, seconds: float, what: str, missing: list[str]) -> None:
