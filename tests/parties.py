@@ -85,12 +85,16 @@ def appraised(made: Job) -> Appraised:
     return appraise(evidence(made), endorsements, policy(made), NONCE, NOW)
 
 
-def damaged(data: bytes, *, every: int = 1) -> Iterator[tuple[str, bytes]]:
-    """Single-byte mutations and truncations, one of each at every `every`-th place."""
+def damaged(data: bytes, *, every: int = 1, whole: bool = False) -> Iterator[tuple[str, bytes]]:
+    """Single-byte mutations and truncations at every `every`-th place.
+
+    One other value a byte, or with `whole` all 255.
+    """
     for at in range(0, len(data), every):
-        changed = bytearray(data)
-        changed[at] ^= 1 << at % 8
-        yield f"byte {at} changed", bytes(changed)
+        for change in range(1, 256) if whole else (1 << at % 8,):
+            changed = bytearray(data)
+            changed[at] ^= change
+            yield f"byte {at} changed by {change}", bytes(changed)
         yield f"cut to {at}", data[:at]
     yield "one byte more", data + b"\0"
 

@@ -11,15 +11,15 @@ from myelin.kernels.conv import Conv
 from myelin.model import load
 from myelin.optimizer import SGD
 from myelin.plan import Outside, compile_training
-from myelin.training import Recipe
+from myelin.training import Objective
 
 
-def recipe(model, **options):
-    return Recipe(names=tuple(model.shapes), loss="cross-entropy", **options)
+def objective(model, **options):
+    return Objective(names=tuple(model.shapes), loss="cross-entropy", **options)
 
 
 def methods(model, batch, **options):
-    return [how for _, how in clipping.methods(model.relax(batch), recipe(model, **options))]
+    return [how for _, how in clipping.methods(model.relax(batch), objective(model, **options))]
 
 
 def test_a_linear_layer_on_rows_needs_no_gradient_for_its_norm():
@@ -74,7 +74,7 @@ def test_many_layers_add_their_norms_in_several_kernels():
     """A kernel has at most 14 arguments; a deep net has more norms than that."""
     layers = [layer for _ in range(14) for layer in (nn.Linear(3, 3), nn.LayerNorm(3))]
     model, cpu = load(nn.Sequential(*layers), (3,), seed=0), Cpu.native()
-    module = training.training_graph(model.relax(2), recipe(model))
+    module = training.training_graph(model.relax(2), objective(model))
     calls = [
         b.value.args
         for b in training.bindings(module["main"])
@@ -97,8 +97,8 @@ def test_many_layers_add_their_norms_in_several_kernels():
 def test_additions_bound_the_roundings_over_a_batch():
     linear = load(nn.Linear(3, 2), (3,))
     stored = load(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()), (1, 9, 9))
-    assert clipping.additions(stored.relax(64), recipe(stored)) == 2
-    few, many = (clipping.additions(linear.relax(n), recipe(linear)) for n in (8, 512))
+    assert clipping.additions(stored.relax(64), objective(stored)) == 2
+    few, many = (clipping.additions(linear.relax(n), objective(linear)) for n in (8, 512))
     assert 8 <= few < many <= 512
 
 
@@ -116,6 +116,6 @@ def test_a_convolution_survives_as_attributes():
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3)])
 def test_a_linear_layer_on_lists_of_rows_is_a_convolution(shape):
     model = load(nn.Sequential(nn.Linear(shape[1], 4), nn.Flatten()), shape)
-    (layer,) = training.layers(model.relax(7)["main"], recipe(model))
+    (layer,) = training.layers(model.relax(7)["main"], objective(model))
     rows, size = shape
     assert clipping.convolution(layer) == Conv(n=7, h=rows, w=1, ci=size, co=4, kh=1, kw=1)

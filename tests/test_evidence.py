@@ -253,6 +253,25 @@ def test_report_data_by_the_page() -> None:
     assert report_data(**case) == expected
 
 
+def test_evidence_vector() -> None:
+    case = vectors("evidence")
+    data, fields = bytes.fromhex(case["evidence"]), case["fields"]
+    # Read a second time by hand: a map of seven, its keys in the order of the page.
+    assert data[0] == 0xA7
+    places = [data.index(bytes([0x60 + len(key)]) + key.encode()) for key in fields]
+    assert list(fields) == ["job", "tee", "hpke", "sign", "type", "nonce", "quote"]
+    assert places == sorted(places)
+    assert bytes.fromhex(fields["quote"]) == data[-len(fields["quote"]) // 2 :]
+    assert Evidence.from_bytes(data).to_bytes() == data
+    job = bytes.fromhex(fields["job"])
+    measurement = bytes.fromhex(fields["quote"])[48 + 64 : 48 + 96]
+    under = Policy.dangerous_simulation(case["root"], job=job, measurements=(measurement,))
+    nonce = bytes.fromhex(fields["nonce"])
+    made = appraise(data, case["endorsements"], under, nonce, case["now"])
+    assert made.sign.hex() == fields["sign"]
+    assert made.hpke.hex() == fields["hpke"]
+
+
 # The simulator's world
 
 

@@ -427,10 +427,34 @@ def test_unknown_operations_are_refused(stage: Any) -> None:
         here.enclave._transport.request(99)
 
 
-def assert_refuses_damaged(data: bytes, use: Callable[[bytes], None], *, every: int = 1) -> None:
-    for what, changed in damaged(data, every=every):
+def assert_refuses_damaged(data: bytes, use: Callable[[bytes], None], **how: Any) -> None:
+    for what, changed in damaged(data, **how):
         try:
             use(changed)
         except EnclaveRefused:
             continue
         pytest.fail(f"accepted with {what}")
+
+
+@pytest.mark.slow
+def test_every_value_of_every_byte_of_an_approval_is_refused(stage: Any) -> None:
+    here = stage()
+    approval = here.job.approve(A)
+    assert_refuses_damaged(approval, here.enclave.approve, whole=True)
+    here.enclave.approve(approval)
+
+
+@pytest.mark.slow
+def test_every_value_of_every_byte_of_a_grant_is_refused(stage: Any, tmp_path: Path) -> None:
+    """Each on an instance whose input is still alive, so that the damage itself is refused."""
+    here = stage()
+    here.approve()
+    good = here.grant(A, tmp_path)
+    for what, changed in damaged(good, every=7):
+        fresh = stage()
+        fresh.approve()
+        with pytest.raises(EnclaveRefused) as info:
+            fresh.enclave.grant(changed)
+        assert info.value.reason not in {"wrong-state", "grant-duplicate"}, what
+        fresh.enclave._transport.close()  # type: ignore[attr-defined]
+    assert_refuses_damaged(good, here.enclave.grant, whole=True)

@@ -14,7 +14,7 @@ from tvm.script import relax as R
 from myelin import clipping, nn, training
 from myelin.errors import ModelRefused, UnsupportedLayer
 from myelin.model import load
-from myelin.training import Recipe
+from myelin.training import Objective
 
 torch = pytest.importorskip("torch")
 
@@ -27,14 +27,14 @@ def small():
     )
 
 
-def recipe(model, **options):
-    return Recipe(names=tuple(model.shapes), loss="cross-entropy", **options)
+def objective(model, **options):
+    return Objective(names=tuple(model.shapes), loss="cross-entropy", **options)
 
 
 def after(name):
-    """The module that the pass `name` makes of the small model; its input; the recipe."""
+    """The module that the pass `name` makes of the small model; its input; the objective."""
     model = small()
-    how, module = recipe(model), model.relax(BATCH)
+    how, module = objective(model), model.relax(BATCH)
     for known, run in (*training.PASSES, *clipping.PASSES):
         before, module = module, run(module, how)
         if known == name:
@@ -266,7 +266,7 @@ def test_passes_see_their_results_recorded_in_order():
     model = small()
     seen = []
     training.training_graph(
-        model.relax(2), recipe(model), record=lambda name, module: seen.append(name)
+        model.relax(2), objective(model), record=lambda name, module: seen.append(name)
     )
     assert seen == [name for name, _ in (*training.PASSES, *clipping.PASSES)]
 
@@ -325,7 +325,7 @@ def subtracted():
 )
 def test_parameters_without_a_norm_rule_are_refused(module, why):
     with pytest.raises(UnsupportedLayer) as refused:
-        training.check_parameters(module, Recipe(names=("layer.w",), loss="cross-entropy"))
+        training.check_parameters(module, Objective(names=("layer.w",), loss="cross-entropy"))
     assert refused.value.layer == "layer"
     assert why in refused.value.why
 

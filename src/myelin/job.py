@@ -284,6 +284,8 @@ class Job:
             )
             source = "enclave" + (private if receive.slot == "weights" else "")
             rows.append(Row(receive.slot, source, reader))
+        if any(receive.slot == "score" for receive in self.receives):
+            rows.append(Row("number of test records", "enclave", "everyone"))
         rows.append(Row("job, initial weights, receipt", "all", "everyone"))
         rows.append(Row("sizes, timing, number of batches", "host", "the host"))
         return rows

@@ -15,6 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import cbor2
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from myelin import document, receipt
@@ -38,7 +39,9 @@ def main() -> None:
     write("grant", grant_vectors(job))
     write("sealed", sealed_vectors())
     write("report-data", report_data_vectors(job))
-    write("receipt", receipt_vectors(job))
+    receipts = receipt_vectors(job)
+    write("receipt", receipts)
+    write("evidence", evidence_vectors(receipts))
     write("output", output_vectors(job))
 
 
@@ -339,6 +342,22 @@ def report_data_vectors(job: Job) -> dict[str, Any]:
     }
     made = {name: value.hex() for name, value in fields.items()}
     return {"valid": [made | {"report_data": report_data(**fields).hex()}]}
+
+
+def evidence_vectors(receipts: dict[str, Any]) -> dict[str, Any]:
+    """The evidence document of the good receipt, field by field, and what it is appraised by."""
+    data = cbor2.loads(bytes.fromhex(receipts["file"]))["evidence"]
+    fields = cbor2.loads(data)
+    return {
+        "evidence": data.hex(),
+        "fields": {
+            name: value.hex() if isinstance(value, bytes) else value
+            for name, value in fields.items()
+        },
+        "root": receipts["root"],
+        "endorsements": receipts["endorsements"],
+        "now": NOW,
+    }
 
 
 def receipt_body(job: Job, changes: dict[str, Any]) -> dict[str, Any]:
