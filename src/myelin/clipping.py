@@ -19,27 +19,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from tvm import relax
 from tvm.relax import op
 
+from myelin import planner
 from myelin.kernels import clipping as clip_kernels
 from myelin.kernels import conv as conv_kernels
 from myelin.kernels import linear as linear_kernels
 from myelin.kernels.conv import Conv
-from myelin.training import HYPER, Layer, Recipe, kernel, layers, rebuild, returned
-
-Method = Literal["product", "stored", "gram"]
+from myelin.planner import Method
+from myelin.training import HYPER, Layer, Objective, kernel, layers, rebuild, returned
 
 NORMS = 11
 """Norms that one kernel takes: 14 arguments less mask, hyper and the result."""
 
 
-def clip_and_sum(module: Any, recipe: Recipe) -> Any:
+def clip_and_sum(module: Any, objective: Objective) -> Any:
     """Return the clipped sum for each parameter; `mask` and `hyper` become arguments."""
     function = module["main"]
-    found = layers(function, recipe)
+    found = layers(function, objective)
     batch = int(function.params[0].ty.shape[0])
     mask = relax.Var("mask", relax.TensorType((batch,), "float32"))
     hyper = relax.Var("hyper", relax.TensorType((HYPER,), "float32"))
@@ -48,17 +48,28 @@ def clip_and_sum(module: Any, recipe: Recipe) -> Any:
     later: dict[int, Callable[[Any], Any]] = {}
     env: dict[Any, Any] = {p: p for p in function.params}
 
+    how = dict(methods(module, objective))
+    sums: dict[int, Any] = {}
+
+    def add(builder: Any, c: Any) -> None:
+        for i, total in sorted(later.items()):
+            sums[i] = builder.emit(total(c), f"g_{objective.names[i]}")
+        later.clear()
+
     def rule(builder: Any, var: Any, value: Any) -> Any:
         env[var] = builder.emit(value, var.name)
-        # As soon as an adjoint is there: what stored gradients were made of is free early.
+        # As soon as an adjoint is there: what gradients were made of is free early.
         for layer, adjoint in zip(found, adjoints, strict=True):
             if adjoint.same_as(var):
-                _gather(builder, layer, env[layer.x], env[var], norms, later, recipe)
+                _gather(builder, layer, how[layer.name], env[layer.x], env[var], norms, later)
+        if objective.clipping == "none":
+            add(builder, mask)
         return env[var]
 
     def finish(builder: Any, _: Any) -> Any:
-        c = mask if recipe.clipping == "none" else norms.factors(builder, mask, hyper, batch)
-        return [builder.emit(later[i](c), f"g_{name}") for i, name in enumerate(recipe.names)]
+        if later:
+            add(builder, norms.factors(builder, mask, hyper, batch))
+        return [sums[i] for i in range(len(objective.names))]
 
     return relax.transform.DeadCodeElimination()(
         rebuild(function, [*function.params, mask, hyper], rule, finish)
@@ -68,40 +79,37 @@ def clip_and_sum(module: Any, recipe: Recipe) -> Any:
 PASSES = (("clip-and-sum", clip_and_sum),)
 
 
-def method(layer: Layer, recipe: Recipe) -> Method:
-    """How the norm of a layer's weight gradient is taken."""
-    shape = _shape(layer.x)
-    if layer.kind == "linear" and len(shape) == 2:
-        return "product"
-    if layer.kind == "scale":
-        return "stored"
-    conv = convolution(layer)
-    stored_bytes = 4 * conv.n * conv.weights
-    if stored_bytes > recipe.stored_bytes:
-        return "gram"
-    gram = conv.pixels**2 * (conv.taps + conv.co) // 2
-    if stored_bytes <= CACHED and CACHED_COST * conv.weights <= gram:
-        return "stored"
-    return conv_kernels.choose(conv)
-
-
-def methods(module: Any, recipe: Recipe) -> list[tuple[str, str]]:
-    """(layer, norm method) for every layer, of the module that `Model.relax` emits."""
+def methods(module: Any, objective: Objective) -> list[tuple[str, Method]]:
+    """(layer, how its norm is taken) for every layer, of the module that `Model.relax` emits."""
+    found = layers(module["main"], objective)
+    if objective.clipping == "none":
+        return [(layer.name, "none") for layer in found]
+    convolutions = {layer.name: convolution(layer) for layer in found if _kind(layer) == "conv2d"}
+    stored = planner.store(convolutions, objective.level, objective.stored_bytes)
+    kinds: dict[str, Method] = {"linear": "product", "scale": "stored"}
     return [
-        (layer.name, method(layer, recipe) if recipe.clipping == "per-example" else "none")
-        for layer in layers(module["main"], recipe)
+        (
+            layer.name,
+            kinds.get(_kind(layer), "stored" if layer.name in stored else "gram"),
+        )
+        for layer in found
     ]
 
 
-def additions(module: Any, recipe: Recipe) -> int:
+def _kind(layer: Layer) -> str:
+    """The layer's kind; a linear layer on lists of rows is a convolution."""
+    return "conv2d" if layer.kind == "linear" and len(_shape(layer.x)) != 2 else layer.kind
+
+
+def additions(module: Any, objective: Objective) -> int:
     """Longest chain of float32 roundings between examples' clipped gradients and their sum."""
     longest = clip_kernels.weighted_sum_additions(1)
-    for layer in layers(module["main"], recipe):
+    how = dict(methods(module, objective))
+    for layer in layers(module["main"], objective):
         n = _shape(layer.x)[0]
-        how = method(layer, recipe)
-        if how == "product":
+        if _kind(layer) == "linear":
             longest = max(longest, linear_kernels.weighted_gradient_additions(n))
-        elif how == "gram" or (recipe.clipping == "none" and layer.kind != "scale"):
+        elif _kind(layer) == "conv2d" and how[layer.name] != "stored":
             conv = convolution(layer)
             longest = max(longest, conv_kernels.weighted_gradient_additions(conv))
     return longest
@@ -142,11 +150,6 @@ def real(number: int) -> float:
     return number * 2.0**-52
 
 
-CACHED, CACHED_COST = 16 << 20, 5
-"""Stored gradients of so many bytes stay in cache; a number of them then costs as much time as so
-many multiplications of `gram_norm` (256 examples, 12 × 12 × 16 → 32, 4 × 4: 1.3 ms against 3.4)."""
-
-
 class _Norms:
     """Squared norms gathered layer by layer: terms, and Gram pairs with their bounds."""
 
@@ -180,21 +183,21 @@ def _arguments(
 def _gather(
     builder: Any,
     layer: Layer,
+    how: Method,
     x: Any,
     d: Any,
     norms: _Norms,
     later: dict[int, Callable[[Any], Any]],
-    recipe: Recipe,
 ) -> None:
+    """Emits a layer's norms, and says how its parameters' sums follow from the clip factors."""
     batch = _shape(x)[0]
-    how = method(layer, recipe)
-    if layer.bias is not None and how != "product":
+    if layer.bias is not None and _kind(layer) != "linear":
         later[layer.bias] = _stored_sum(builder, d, _bias_size(layer, d), norms)
-    if layer.kind == "scale":
+    if _kind(layer) == "scale":
         scaled = builder.emit(op.multiply(d, x))
         later[layer.weight] = _stored_sum(builder, scaled, _bias_size(layer, d), norms)
         return
-    if how == "product":
+    if _kind(layer) == "linear":
         k, n = _shape(x)[1], _shape(d)[1]
         norm = kernel("linear-norm", [x, d], [(batch,)], [int(layer.bias is not None)])
         bound = linear_kernels.squared_norm_inflation(k, n)
@@ -205,14 +208,14 @@ def _gather(
         return
     conv = convolution(layer)
     numbers = fields(conv)
-    if recipe.clipping == "per-example" and how == "stored":
+    if how == "stored":
         results = [(batch, conv.weights), (batch,)]
         pair = builder.emit(kernel("conv-stored", [x, d], results, numbers))
         g, s = (builder.emit(relax.TupleGetItem(pair, i)) for i in range(2))
         norms.terms.append((s, conv_kernels.stored_norm_inflation(conv)))
         later[layer.weight] = lambda c: kernel("weighted-sum", [g, c], [(conv.weights,)])
         return
-    if recipe.clipping == "per-example":
+    if how == "gram":
         pair = builder.emit(kernel("conv-gram", [x, d], [(batch,)] * 2, numbers))
         s, t = (builder.emit(relax.TupleGetItem(pair, i)) for i in range(2))
         norms.grams.append((s, t, conv_kernels.gram_kappa(conv)))

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from tvm import DataType, ir, relax
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
-from myelin import clipping, training
+from myelin import clipping, planner, training
 from myelin.cpu import Cpu
 from myelin.errors import DataRefused, ModelRefused
 from myelin.kernels import bounds, elementwise, functions, layout, linear, loss, pool, reduce
@@ -32,7 +32,8 @@ from myelin.kernels.pool import Pool
 from myelin.kernels.tir import select, splat
 from myelin.model import Model
 from myelin.optimizer import Optimizer
-from myelin.training import HYPER, Recipe, bindings, operands, operator, returned
+from myelin.planner import Decision
+from myelin.training import HYPER, Objective, bindings, operands, operator, returned
 from myelin.weights import Parameter, align, flat_size, pack, place
 
 Array = npt.NDArray[np.float32]
@@ -56,7 +57,8 @@ class Program:
 
     `buffers` maps x, y, mask, hyper, weights, gradient, state and output to (offset, bytes) in an
     arena of `arena` bytes. `features` is the number of float32 of one example, `additions` the
-    longest chain of float32 additions over the examples of one physical batch.
+    longest chain of float32 additions over the examples of one physical batch. `decisions` has a
+    row for every call of `gradient`.
     """
 
     kernels: Mapping[str, Any]
@@ -74,6 +76,7 @@ class Program:
     optimizer: Optimizer
     additions: int
     clipping: tuple[tuple[str, str], ...]
+    decisions: tuple[Decision, ...]
 
     def description(self) -> dict[str, Any]:
         """The parts of an image's description that come from here, but for scalars."""
@@ -105,18 +108,22 @@ def compile_training(
     batch: int,
     cpu: Cpu,
     private: bool = True,
+    stored_bytes: int = planner.STORED_BYTES,
     dump: Path | None = None,
 ) -> Program:
     """Derive the training graph of `model` and plan it for physical batches of `batch` examples.
 
     `private=False` leaves norms and factors out and sums the unmasked examples' gradients: a
-    baseline, never an image. `dump` receives the IR after each pass, one file each. Raises
+    baseline, never an image. `stored_bytes` bounds the memory for the stored per-example gradients
+    of all convolutions together. `dump` receives the IR after each pass, one file each. Raises
     ModelRefused or UnsupportedLayer, or BoundsError where a kernel cannot be shown to be safe.
     """
-    recipe = Recipe(
+    objective = Objective(
         names=tuple(model.shapes),
         loss=training.check_loss(loss),
         clipping="per-example" if private else "none",
+        level=cpu.level,
+        stored_bytes=stored_bytes,
     )
     if batch < 1:
         raise ModelRefused(f"a physical batch has at least 1 example, not {batch}")
@@ -127,15 +134,15 @@ def compile_training(
     recorder = _Recorder(dump)
     forward = model.relax(batch)
     recorder("import", forward)
-    graph = training.training_graph(forward, recipe, record=recorder)
-    return _plan(model, forward, graph, recipe, optimizer, batch, cpu, recorder)
+    graph = training.training_graph(forward, objective, record=recorder)
+    return _plan(model, forward, graph, objective, optimizer, batch, cpu, recorder)
 
 
 def _plan(
     model: Model,
     forward: Any,
     graph: Any,
-    recipe: Recipe,
+    objective: Objective,
     optimizer: Optimizer,
     batch: int,
     cpu: Cpu,
@@ -144,7 +151,7 @@ def _plan(
     parameters = place({n: (s, model.layout(n)) for n, s in model.shapes.items()})
     weights = flat_size(parameters)
     features = math.prod(model.input)
-    label_bytes = 4 if recipe.loss == "cross-entropy" else 4 * model.outputs
+    label_bytes = 4 if objective.loss == "cross-entropy" else 4 * model.outputs
     sizes = {
         "x": 4 * batch * features,
         "y": batch * label_bytes,
@@ -167,6 +174,7 @@ def _plan(
         at = buffers[name][0]
         return [Value(Buffer(bytes=p.bytes, offset=at + p.offset), p.stored) for p in parameters]
 
+    methods = dict(clipping.methods(forward, objective))
     library = Kernels(cpu=cpu)
     x = Value(fixed("x"), (batch, *model.input))
     labels = Value(fixed("y"), (batch,) if label_bytes == 4 else (batch, model.outputs))
@@ -175,7 +183,8 @@ def _plan(
     output = Value(fixed("output"), (batch, model.outputs))
 
     gradient = Lowering(library, graph["main"])
-    gradient.run([x, *weight_values, labels, mask, hyper], inside("gradient"))
+    sums = inside("gradient")
+    gradient.run([x, *weight_values, labels, mask, hyper], sums)
     predict = Lowering(library, forward["main"])
     predict.run([x, *weight_values], [output])
     update = library.add("update", ("update",), lambda: optimizer.kernel(cpu, weights))
@@ -200,15 +209,54 @@ def _plan(
         outputs=model.outputs,
         features=features,
         label_bytes=label_bytes,
-        loss=recipe.loss,
+        loss=objective.loss,
         optimizer=optimizer,
-        additions=clipping.additions(forward, recipe),
-        clipping=tuple(clipping.methods(forward, recipe)),
+        additions=clipping.additions(forward, objective),
+        clipping=tuple(methods.items()),
+        decisions=_decisions(gradient, [x, *weight_values], sums, parameters, methods),
     )
     recorder.program(program)
     for kernel in program.kernels.values():
         bounds.prove(kernel)
     return program
+
+
+def _decisions(
+    lowering: Lowering,
+    arguments: Sequence[Value],
+    results: Sequence[Value],
+    parameters: Sequence[Parameter],
+    methods: Mapping[str, planner.Method],
+) -> tuple[Decision, ...]:
+    """A row for each call. A call belongs to the layer whose parameters, or sums of gradients, it
+    names; else to that of a call which reads its results; else to that of one which reads the same
+    adjoint.
+    """
+    owner: dict[int, str] = {}
+    for parameter, weight, total in zip(parameters, arguments[1:], results, strict=True):
+        layer = parameter.name.rpartition(".")[0] or parameter.name
+        owner |= {id(weight.buffer): layer, id(total.buffer): layer}
+    direct = [next((owner[id(b)] for b in bs if id(b) in owner), "") for _, bs in lowering.steps]
+    readers: dict[int, str] = {}
+    for layer, (_, buffers) in zip(direct, lowering.steps, strict=True):
+        if layer:
+            for b in buffers[:-1]:
+                readers.setdefault(id(b), layer)
+    rows = []
+    for layer, (name, buffers) in zip(direct, lowering.steps, strict=True):
+        found = layer or next((readers[id(b)] for b in reversed(buffers) if id(b) in readers), "")
+        gflop, ms = lowering.library.costs[name]
+        rows.append(
+            Decision(
+                layer=found,
+                kernel=name,
+                method=methods.get(found, "none"),
+                gflop=gflop,
+                ms=ms,
+                bytes=sum(b.bytes for b in buffers),
+            )
+        )
+    return tuple(rows)
 
 
 @dataclass(eq=False)
@@ -241,14 +289,31 @@ class Kernels:
 
     cpu: Cpu
     functions: dict[str, Any] = field(default_factory=dict)
+    costs: dict[str, tuple[float, float]] = field(default_factory=dict)
     _names: dict[Any, str] = field(default_factory=dict)
 
-    def add(self, label: str, key: tuple[Any, ...], build: Callable[[], Any]) -> str:
-        """The name of the kernel with this key, built if it is new."""
+    def add(
+        self,
+        label: str,
+        key: tuple[Any, ...],
+        build: Callable[[], Any],
+        gflop: float | None = None,
+        channels: int | None = None,
+    ) -> str:
+        """The name of the kernel with this key, built if it is new.
+
+        `costs` keeps its 10⁹ operations (one a number of the result unless given) and milliseconds;
+        `channels` are the numbers of a row of a product's result.
+        """
         if key not in self._names:
             name = f"k{len(self.functions)}_{label}"
             self._names[key] = name
-            self.functions[name] = build().with_attr("global_symbol", name)
+            function = self.functions[name] = build().with_attr("global_symbol", name)
+            sizes = kernel_object.argument_bytes(function)
+            rates = planner.RATES[self.cpu.level]
+            gflop = sizes[-1] / 4e9 if gflop is None else gflop
+            narrow = channels is not None and channels <= rates.lanes
+            self.costs[name] = (gflop, rates.milliseconds(gflop, sum(sizes), narrow=narrow))
         return self._names[key]
 
 
@@ -320,9 +385,12 @@ class Lowering:
         build: Callable[[], Any],
         inputs: Sequence[Value],
         outputs: Sequence[Value],
+        *,
+        gflop: float | None = None,
+        channels: int | None = None,
     ) -> None:
         """Append a call: inputs, then a scratch vector where the template has one, then outputs."""
-        name = self.library.add(label, key, build)
+        name = self.library.add(label, key, build, gflop, channels)
         sizes = kernel_object.argument_bytes(self.library.functions[name])
         scratch = sizes[len(inputs) : len(sizes) - len(outputs)]
         buffers = [
@@ -480,7 +548,8 @@ class Lowering:
         kernel = lambda: elementwise.map(  # noqa: E731
             self.cpu, shapes, lazy.stored, lambda *loaded: build(loaded), operations=work
         )
-        self.emit(label, ("map", shapes, lazy.stored, key), kernel, inputs, [out])
+        gflop = 1e-9 * work * math.prod(lazy.stored)
+        self.emit(label, ("map", shapes, lazy.stored, key), kernel, inputs, [out], gflop=gflop)
         return out
 
     def _expression(
@@ -609,7 +678,14 @@ def _matmul(low: Lowering, var: Any, call: Any) -> None:
         out = low.new(var, (*rows[:-1], k))
         build = lambda: linear.backward_data(low.cpu, m, k, n)  # noqa: E731
         inputs = [low.value(a), transposed.value]
-        low.emit("linear_backward", ("linear_backward", m, k, n), build, inputs, [out])
+        low.emit(
+            "linear_backward",
+            ("linear_backward", m, k, n),
+            build,
+            inputs,
+            [out],
+            gflop=2e-9 * m * k * n,
+        )
         low.values[var] = out
         return
     x, w, bias = low.value(a), low.value(b), low.bias(var)
@@ -617,7 +693,9 @@ def _matmul(low: Lowering, var: Any, call: Any) -> None:
     out = low.new(low.target(var), (*rows[:-1], n))
     build = lambda: linear.matmul(low.cpu, m, k, n, bias=bias is not None)  # noqa: E731
     inputs = [x, w] if bias is None else [x, w, bias]
-    low.emit("linear", ("linear", m, k, n, bias is None), build, inputs, [out])
+    low.emit(
+        "linear", ("linear", m, k, n, bias is None), build, inputs, [out], gflop=2e-9 * m * k * n
+    )
     low.finish(var, out)
 
 
@@ -638,7 +716,7 @@ def _conv2d(low: Lowering, var: Any, call: Any) -> None:
     out = low.new(low.target(var), (conv.n, conv.oh, conv.ow, conv.co))
     build = lambda: conv_kernels.forward(low.cpu, conv, bias=bias is not None)  # noqa: E731
     inputs = [x, w] if bias is None else [x, w, bias]
-    low.emit("conv", ("conv", conv, bias is None), build, inputs, [out])
+    low.emit("conv", ("conv", conv, bias is None), build, inputs, [out], **_product(conv, conv.co))
     low.finish(var, out)
 
 
@@ -648,7 +726,9 @@ def _conv2d_transpose(low: Lowering, var: Any, call: Any) -> None:
     d, w = low.value(call.args[0]), low.value(call.args[1])
     out = low.new(var, (conv.n, conv.h, conv.w, conv.ci))
     build = lambda: conv_kernels.backward_data(low.cpu, conv)  # noqa: E731
-    low.emit("conv_backward", ("conv_backward", conv), build, [d, w], [out])
+    low.emit(
+        "conv_backward", ("conv_backward", conv), build, [d, w], [out], **_product(conv, conv.ci)
+    )
     low.values[var] = out
 
 
@@ -848,7 +928,14 @@ def _linear_gradient(low: Lowering, var: Any, call: Any) -> None:
     (m, k), n = x.stored, d.stored[1]
     out = low.new(var, (k, n))
     build = lambda: linear.weighted_gradient(low.cpu, m, k, n)  # noqa: E731
-    low.emit("linear_gradient", ("linear_gradient", m, k, n), build, [x, d, c], [out])
+    low.emit(
+        "linear_gradient",
+        ("linear_gradient", m, k, n),
+        build,
+        [x, d, c],
+        [out],
+        gflop=2e-9 * m * k * n,
+    )
     low.values[var] = out
 
 
@@ -866,7 +953,14 @@ def _conv_stored(low: Lowering, var: Any, call: Any) -> None:
     x, d = (low.value(v) for v in _operands(call))
     outs = _pair(low, (conv.n, conv.weights), (conv.n,))
     build = lambda: conv_kernels.stored_gradient(low.cpu, conv)  # noqa: E731
-    low.emit("conv_stored", ("conv_stored", conv), build, [low.padded(x, conv), d], outs)
+    low.emit(
+        "conv_stored",
+        ("conv_stored", conv),
+        build,
+        [low.padded(x, conv), d],
+        outs,
+        **_product(conv, conv.co),
+    )
     low.values[var] = outs
 
 
@@ -875,7 +969,14 @@ def _conv_gram(low: Lowering, var: Any, call: Any) -> None:
     x, d = (low.value(v) for v in _operands(call))
     outs = _pair(low, (conv.n,), (conv.n,))
     build = lambda: conv_kernels.gram_norm(low.cpu, conv)  # noqa: E731
-    low.emit("conv_gram", ("conv_gram", conv), build, [low.padded(x, conv), d], outs)
+    low.emit(
+        "conv_gram",
+        ("conv_gram", conv),
+        build,
+        [low.padded(x, conv), d],
+        outs,
+        gflop=planner.gram_gflop(conv),
+    )
     low.values[var] = outs
 
 
@@ -884,7 +985,14 @@ def _conv_gradient(low: Lowering, var: Any, call: Any) -> None:
     x, d, c = (low.value(v) for v in _operands(call))
     out = low.new(var, (conv.weights,))
     build = lambda: conv_kernels.weighted_gradient(low.cpu, conv)  # noqa: E731
-    low.emit("conv_gradient", ("conv_gradient", conv), build, [low.padded(x, conv), d, c], [out])
+    low.emit(
+        "conv_gradient",
+        ("conv_gradient", conv),
+        build,
+        [low.padded(x, conv), d, c],
+        [out],
+        **_product(conv, conv.co),
+    )
     low.values[var] = out
 
 
@@ -988,6 +1096,11 @@ def _conv_of(x: Shape, weight: Shape, attrs: Any) -> Conv:
     return Conv(
         n=n, h=h, w=w, ci=ci, co=co, kh=kh, kw=kw, stride=stride, padding=(top, left, bottom, right)
     )
+
+
+def _product(conv: Conv, channels: int) -> dict[str, Any]:
+    """What `Kernels.add` asks of a product of this convolution."""
+    return {"gflop": planner.product_gflop(conv), "channels": channels}
 
 
 def _pair(low: Lowering, *shapes: Shape) -> tuple[Value, ...]:

@@ -18,16 +18,17 @@ Every pass maps a Relax module with one function `main` to another; `PASSES` is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import tvm
-from tvm import relax
+from tvm import ir, relax
 from tvm.relax import op
-from tvm.relax.op.base import register_gradient
 
 from myelin.errors import ModelRefused, UnsupportedLayer
+from myelin.planner import STORED_BYTES
 
 Loss = Literal["cross-entropy", "binary-cross-entropy", "mean-squared-error"]
 LOSSES: tuple[Loss, ...] = ("cross-entropy", "binary-cross-entropy", "mean-squared-error")
@@ -36,22 +37,23 @@ HYPER = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Objective:
     """What the passes need to know besides the module.
 
     `names`: the model's parameters, in the order of the function's. `clipping`: "per-example"
     bounds every example's gradient; "none" sums the unmasked examples' gradients, for baselines
-    outside any enclave. `stored_bytes`: how much memory the per-example gradients of one operator
-    may take.
+    outside any enclave. `level` and `stored_bytes`: the CPU that `myelin.planner` estimates for,
+    and how much memory the stored per-example gradients of all convolutions may take.
     """
 
     names: tuple[str, ...]
     loss: Loss
     clipping: Literal["per-example", "none"] = "per-example"
-    stored_bytes: int = 128 << 20
+    level: str = "x86-64-v4"
+    stored_bytes: int = STORED_BYTES
 
 
-Pass = Callable[[Any, Recipe], Any]
+Pass = Callable[[Any, Objective], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class Layer:
     """An operator with parameters: its input, its output (bias included), who it is.
 
     `kind`: "linear" (product with a stored [in, out] matrix), "conv2d", or "scale" (a normalised
-    value times a scale plus a shift). `weight` and `bias` index `Recipe.names`.
+    value times a scale plus a shift). `weight` and `bias` index `Objective.names`.
     """
 
     kind: Literal["linear", "conv2d", "scale"]
@@ -72,25 +74,25 @@ class Layer:
 
 
 def training_graph(
-    module: Any, recipe: Recipe, *, record: Callable[[str, Any], None] | None = None
+    module: Any, objective: Objective, *, record: Callable[[str, Any], None] | None = None
 ) -> Any:
     """Run every pass over `Model.relax(batch)`; `record(name, module)` sees each result."""
     from myelin import clipping
 
     passes: Sequence[tuple[str, Pass]] = (*PASSES, *clipping.PASSES)
     for name, run in passes:
-        module = run(module, recipe)
+        module = run(module, objective)
         if record is not None:
             record(name, module)
     return module
 
 
-def check_parameters(module: Any, recipe: Recipe) -> Any:
+def check_parameters(module: Any, objective: Objective) -> Any:
     """Refuse a parameter that is not used exactly once, by an operator with a norm rule."""
     function = module["main"]
-    used = [name for layer in layers(function, recipe) for name in _names(layer, recipe)]
-    counts = dict.fromkeys(recipe.names, 0)
-    parameters = dict(zip(function.params[1:], recipe.names, strict=False))
+    used = [name for layer in layers(function, objective) for name in _names(layer, objective)]
+    counts = dict.fromkeys(objective.names, 0)
+    parameters = dict(zip(function.params[1:], objective.names, strict=False))
     for binding in bindings(function):
         for operand in operands(binding.value):
             if operand in parameters:
@@ -112,10 +114,10 @@ def check_parameters(module: Any, recipe: Recipe) -> Any:
     return module
 
 
-def add_probes(module: Any, recipe: Recipe) -> Any:
+def add_probes(module: Any, objective: Objective) -> Any:
     """y → y + probe for the output y of every operator with parameters; probes become arguments."""
     function = module["main"]
-    outputs = {layer.output: layer for layer in layers(function, recipe)}
+    outputs = {layer.output: layer for layer in layers(function, objective)}
     probes = {output: relax.Var(f"probe_{i}", output.ty) for i, output in enumerate(outputs)}
 
     def rule(builder: Any, var: Any, value: Any) -> Any:
@@ -125,7 +127,7 @@ def add_probes(module: Any, recipe: Recipe) -> Any:
     return rebuild(function, [*function.params, *probes.values()], rule)
 
 
-def add_seed(module: Any, recipe: Recipe) -> Any:
+def add_seed(module: Any, objective: Objective) -> Any:
     """Return (Σ logits ⊙ seed, logits) instead of the logits; the seed becomes an argument."""
     function = module["main"]
     logits = function.ret_ty
@@ -137,16 +139,16 @@ def add_seed(module: Any, recipe: Recipe) -> Any:
     return rebuild(function, [*function.params, seed], finish=finish)
 
 
-def differentiate(module: Any, recipe: Recipe) -> Any:
+def differentiate(module: Any, objective: Objective) -> Any:
     """((L, logits), adjoints of the probes) by `relax.transform.Gradient`."""
-    register_gradients()
     function = module["main"]
     probes = [p for p in function.params if p.name.startswith("probe_")]
-    module = relax.transform.Gradient("main", require_grads=probes, target_index=0)(module)
+    with own_gradients():
+        module = relax.transform.Gradient("main", require_grads=probes, target_index=0)(module)
     return _module(module["main_adjoint"])
 
 
-def keep_adjoints(module: Any, recipe: Recipe) -> Any:
+def keep_adjoints(module: Any, objective: Objective) -> Any:
     """Return (logits, adjoints…) only, and write the adjoint of the logits as the seed itself."""
     function = module["main"]
     seed = next(p for p in function.params if p.name == "seed")
@@ -171,7 +173,7 @@ def keep_adjoints(module: Any, recipe: Recipe) -> Any:
     return rebuild(function, list(function.params), rule, finish)
 
 
-def remove_probes(module: Any, recipe: Recipe) -> Any:
+def remove_probes(module: Any, objective: Objective) -> Any:
     """y + probe → y, the probes being zero; then whatever nothing uses goes."""
     function = module["main"]
     probes = {p for p in function.params if p.name.startswith("probe_")}
@@ -185,7 +187,7 @@ def remove_probes(module: Any, recipe: Recipe) -> Any:
     return relax.transform.DeadCodeElimination()(rebuild(function, kept, rule))
 
 
-def bind_loss(module: Any, recipe: Recipe) -> Any:
+def bind_loss(module: Any, objective: Objective) -> Any:
     """seed → derivative of the loss at the logits, an example; the labels y become an argument.
 
     The derivative belongs to each example alone: nothing is averaged over the batch.
@@ -194,7 +196,7 @@ def bind_loss(module: Any, recipe: Recipe) -> Any:
     batch, outputs = (int(d) for d in function.ret_ty.fields[0].shape)
     labels = (
         relax.TensorType((batch,), "int32")
-        if recipe.loss == "cross-entropy"
+        if objective.loss == "cross-entropy"
         else relax.TensorType((batch, outputs), "float32")
     )
     y = relax.Var("y", labels)
@@ -206,7 +208,7 @@ def bind_loss(module: Any, recipe: Recipe) -> Any:
         new = builder.emit(value)
         if var.same_as(logits):
             bound[seed] = builder.emit(
-                kernel(f"{recipe.loss}-adjoint", [new, y], [(batch, outputs)]), "seed"
+                kernel(f"{objective.loss}-adjoint", [new, y], [(batch, outputs)]), "seed"
             )
         return new
 
@@ -263,9 +265,9 @@ def operands(value: Any) -> list[Any]:
     return []
 
 
-def layers(function: Any, recipe: Recipe) -> list[Layer]:
+def layers(function: Any, objective: Objective) -> list[Layer]:
     """The operators with parameters, in order of the forward computation."""
-    index = {var: i for i, var in enumerate(function.params[1 : 1 + len(recipe.names)])}
+    index = {var: i for i, var in enumerate(function.params[1 : 1 + len(objective.names)])}
     bound = bindings(function)
     reshaped = {
         b.var: index[b.value.args[0]]
@@ -292,7 +294,7 @@ def layers(function: Any, recipe: Recipe) -> list[Layer]:
         if weight in found:
             continue
         bias, output = shifts.get(b.var, (None, b.var))
-        name = recipe.names[weight]
+        name = objective.names[weight]
         found[weight] = Layer(
             kind=kind,
             name=name.rpartition(".")[0] or name,
@@ -377,20 +379,24 @@ def kernel(
 # Derivatives that Relax 0.27 lacks, or defines otherwise than PyTorch at a corner.
 
 
-def register_gradients() -> None:
-    """Tell Relax the derivatives of norms, GELU and ReLU; done once a process."""
-    global _registered  # noqa: PLW0603
-    if _registered:
-        return
-    _registered = True
-    register_gradient("relax.nn.relu", _relu_gradient, 11)
-    register_gradient("relax.nn.gelu", _gelu_gradient)
-    register_gradient("relax.nn.gelu_tanh", _gelu_tanh_gradient)
-    register_gradient("relax.nn.group_norm", _norm_gradient)
-    register_gradient("relax.nn.layer_norm", _norm_gradient)
+@contextmanager
+def own_gradients() -> Iterator[None]:
+    """Our derivatives of norms, GELU and ReLU instead of Relax's; those come back afterwards."""
+    operators = {ir.Op.get(f"relax.nn.{name}"): rule for name, rule in _GRADIENTS.items()}
+    before = {o: o.get_attr(_RULE) for o in operators}
+    try:
+        for o, rule in operators.items():
+            o.reset_attr(_RULE)
+            o.set_attr(_RULE, rule)
+        yield
+    finally:
+        for o in operators:
+            o.reset_attr(_RULE)
+            if before[o] is not None:
+                o.set_attr(_RULE, before[o])
 
 
-_registered = False
+_RULE = "FPrimalGradient"
 
 
 def _relu_gradient(var: Any, call: Any, adjoint: Any, _: Any) -> list[Any]:
@@ -446,8 +452,17 @@ def _norm_gradient(var: Any, call: Any, adjoint: Any, __: Any) -> list[Any]:
     return [dx, op.zeros_like(scale), op.zeros_like(shift)]
 
 
-def _names(layer: Layer, recipe: Recipe) -> list[str]:
-    return [recipe.names[i] for i in (layer.weight, layer.bias) if i is not None]
+_GRADIENTS = {
+    "relu": _relu_gradient,
+    "gelu": _gelu_gradient,
+    "gelu_tanh": _gelu_tanh_gradient,
+    "group_norm": _norm_gradient,
+    "layer_norm": _norm_gradient,
+}
+
+
+def _names(layer: Layer, objective: Objective) -> list[str]:
+    return [objective.names[i] for i in (layer.weight, layer.bias) if i is not None]
 
 
 def _module(function: Any) -> Any:
