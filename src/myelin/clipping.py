@@ -22,12 +22,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import relax
-from tvm.relax import op
 
 from myelin import planner
 from myelin.kernels import clipping as clip_kernels
 from myelin.kernels import conv as conv_kernels
 from myelin.kernels import linear as linear_kernels
+from myelin.kernels import normalise as normalise_kernels
 from myelin.kernels.conv import Conv
 from myelin.planner import Method
 from myelin.training import HYPER, Layer, Objective, kernel, layers, rebuild, returned
@@ -194,8 +194,7 @@ def _gather(
     if layer.bias is not None and _kind(layer) != "linear":
         later[layer.bias] = _stored_sum(builder, d, _bias_size(layer, d), norms)
     if _kind(layer) == "scale":
-        scaled = builder.emit(op.multiply(d, x))
-        later[layer.weight] = _stored_sum(builder, scaled, _bias_size(layer, d), norms)
+        later[layer.weight] = _stored_scale(builder, x, d, _bias_size(layer, d), norms)
         return
     if _kind(layer) == "linear":
         k, n = _shape(x)[1], _shape(d)[1]
@@ -224,14 +223,36 @@ def _gather(
 
 def _stored_sum(builder: Any, d: Any, size: int, norms: _Norms) -> Callable[[Any], Any]:
     """Sums of d over all but the last `size` numbers of an example: stored, with their norm."""
-    batch, *rest = _shape(d)
-    pixels = math.prod(rest) // size
-    results = [(batch, size), (batch,)]
-    pair = builder.emit(kernel("bias-stored", [d], results, [batch, pixels, size]))
-    g, s = (builder.emit(relax.TupleGetItem(pair, i)) for i in range(2))
+    batch, pixels = _split(d, size)
     bound = conv_kernels.stored_norm_inflation(
         Conv(n=batch, h=pixels, w=1, ci=1, co=size, kh=1, kw=1)
     )
+    return _stored(builder, "bias-stored", [d], (batch, pixels, size), bound, norms)
+
+
+def _stored_scale(builder: Any, x: Any, d: Any, size: int, norms: _Norms) -> Callable[[Any], Any]:
+    """The same of x · d."""
+    bound = normalise_kernels.stored_scale_inflation()
+    return _stored(builder, "scale-stored", [x, d], (*_split(d, size), size), bound, norms)
+
+
+def _split(d: Any, size: int) -> tuple[int, int]:
+    """Examples, and rows of `size` numbers an example has."""
+    batch, *rest = _shape(d)
+    return batch, math.prod(rest) // size
+
+
+def _stored(
+    builder: Any,
+    name: str,
+    operands: Sequence[Any],
+    extents: tuple[int, int, int],
+    bound: float,
+    norms: _Norms,
+) -> Callable[[Any], Any]:
+    batch, _, size = extents
+    pair = builder.emit(kernel(name, operands, [(batch, size), (batch,)], extents))
+    g, s = (builder.emit(relax.TupleGetItem(pair, i)) for i in range(2))
     norms.terms.append((s, bound))
     return lambda c: kernel("weighted-sum", [g, c], [(size,)])
 

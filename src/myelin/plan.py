@@ -23,7 +23,17 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812
 from myelin import clipping, planner, training
 from myelin.cpu import Cpu
 from myelin.errors import DataRefused, ModelRefused
-from myelin.kernels import bounds, elementwise, functions, layout, linear, loss, pool, reduce
+from myelin.kernels import (
+    bounds,
+    elementwise,
+    functions,
+    layout,
+    linear,
+    loss,
+    normalise,
+    pool,
+    reduce,
+)
 from myelin.kernels import clipping as clip_kernels
 from myelin.kernels import conv as conv_kernels
 from myelin.kernels import object as kernel_object
@@ -328,7 +338,7 @@ class Lowering:
         self.steps: list[tuple[str, tuple[Buffer, ...]]] = []
         self.values: dict[Any, Value | Lazy | tuple[Value, ...]] = {}
         self.places: dict[Any, Value] = {}
-        self.spreads: dict[int, tuple[Shape, Value, float]] = {}
+        self.spreads: dict[int, tuple[tuple[int, int, int, int], Value]] = {}
         self._padded: dict[tuple[int, Conv], Value] = {}
         self._biased: dict[Any, tuple[Any, Any]] = {}
         self._uses: dict[Any, list[Any]] = {}
@@ -460,15 +470,6 @@ class Lowering:
         shapes = tuple(v.stored for v in inputs)
         build = lambda: elementwise.map(self.cpu, shapes, out.stored, function)  # noqa: E731
         self.emit(label, (label, shapes, out.stored), build, inputs, [out])
-
-    def mean(self, x: Value, outer: int, extent: int, inner: int) -> Value:
-        """Means over the middle axis of x[outer, extent, inner]."""
-        if extent == 1:
-            return Value(x.buffer, (outer, inner))
-        y = self.temporary((outer, inner))
-        build = lambda: reduce.reduction(self.cpu, outer, extent, inner, "mean")  # noqa: E731
-        self.emit("mean", ("mean", outer, extent, inner), build, [x], [y])
-        return y
 
     # Walking the function.
 
@@ -843,58 +844,42 @@ def _normalise(low: Lowering, var: Any, call: Any) -> None:
     x = low.value(call.args[0])
     epsilon = float(call.attrs.epsilon)
     groups = int(getattr(call.attrs, "num_groups", 0))
-    axes = [int(axis) % len(x.stored) for axis in call.attrs.axes]
-    view = _groups(x.stored, groups, min(axes))
-    whole, each = _as_groups(x, view), (view[0], 1, view[2], 1)
-    mean = _group_mean(low, x, view)
-    squares = low.temporary(view)
-    low.map("centred_square", [whole, mean], squares, lambda a, m: (a - m) * (a - m))
-    variance = _group_mean(low, squares, view)
-    out = low.new(var, x.stored)
-    low.map(
-        f"normalise_{clipping.fixed(epsilon)}",
-        [whole, mean, variance],
-        _as_groups(out, view),
-        lambda a, m, v: (a - m) / T.sqrt(v + _like(v, epsilon)),
-    )
-    low.spreads[id(out.buffer)] = (view, Value(variance.buffer, each), epsilon)
+    view = _groups(x.stored, groups, min(int(axis) % len(x.stored) for axis in call.attrs.axes))
+    out, stats = low.new(var, x.stored), low.temporary((view[0], 2, view[2] * view[3]))
+    build = lambda: normalise.forward(low.cpu, *view, epsilon=epsilon)  # noqa: E731
+    low.emit("normalise", ("normalise", view, epsilon), build, [x], [stats, out])
+    low.spreads[id(out.buffer)] = (view, stats)
     low.values[var] = out
 
 
 def _normalise_adjoint(low: Lowering, var: Any, call: Any) -> None:
-    """dx = (d - mean(d) - y · mean(d · y)) / √(variance + ε)."""
+    """The derivative of a normalisation, from its result and what its kernel left behind."""
     y, d = (low.value(v) for v in _operands(call))
-    view, variance, epsilon = low.spreads[id(y.buffer)]
-    products = low.temporary(view)
-    low.map("product", [_as_groups(d, view), _as_groups(y, view)], products, lambda a, b: a * b)
-    mean, slope = _group_mean(low, d, view), _group_mean(low, products, view)
+    view, stats = low.spreads[id(y.buffer)]
     out = low.new(var, y.stored)
-    low.map(
-        f"normalise_adjoint_{clipping.fixed(epsilon)}",
-        [_as_groups(d, view), _as_groups(y, view), mean, slope, variance],
-        _as_groups(out, view),
-        lambda a, b, m, s, v: (a - m - b * s) / T.sqrt(v + _like(v, epsilon)),
-    )
+    build = lambda: normalise.backward(low.cpu, *view)  # noqa: E731
+    low.emit("normalise_adjoint", ("normalise_adjoint", view), build, [y, d, stats], [out])
     low.values[var] = out
 
 
-def _groups(stored: Shape, groups: int, first: int) -> Shape:
-    """A shape as [outer, pixels, groups, channels of a group]; means go over axes 1 and 3."""
+def _groups(stored: Shape, groups: int, first: int) -> tuple[int, int, int, int]:
+    """A shape as [outer, pixels, groups, channels of a group]; statistics go over axes 1 and 3."""
     if groups:
         n, h, w, c = stored
         return (n, h * w, groups, c // groups)
-    return (math.prod(stored[:first]), 1, 1, math.prod(stored[first:]))
+    size = math.prod(stored[first:])
+    # Its order does not matter within one group: rows of a few vectors.
+    row = max(width for width in range(1, 65) if size % width == 0)
+    return (math.prod(stored[:first]), size // row, 1, row)
 
 
-def _as_groups(value: Value, view: Shape) -> Value:
-    return Value(value.buffer, view)
-
-
-def _group_mean(low: Lowering, x: Value, view: Shape) -> Value:
-    outer, pixels, groups, each = view
-    by_channel = low.mean(x, outer, pixels, groups * each)
-    mean = low.mean(by_channel, outer * groups, each, 1)
-    return Value(mean.buffer, (outer, 1, groups, 1))
+def _scale_stored(low: Lowering, var: Any, call: Any) -> None:
+    n, pixels, size = _attributes(call)
+    x, d = (low.value(v) for v in _operands(call))
+    outs = _pair(low, (n, size), (n,))
+    build = lambda: normalise.stored_scale(low.cpu, n, pixels, size)  # noqa: E731
+    low.emit("scale_stored", ("scale_stored", n, pixels, size), build, [x, d], outs)
+    low.values[var] = outs
 
 
 def _adjoint(low: Lowering, var: Any, call: Any) -> None:
@@ -1056,6 +1041,7 @@ TEMPLATES: dict[str, Callable[[Lowering, Any, Any], None]] = {
     "myelin.conv-gram": _conv_gram,
     "myelin.conv-gradient": _conv_gradient,
     "myelin.bias-stored": _bias_stored,
+    "myelin.scale-stored": _scale_stored,
     "myelin.weighted-sum": _weighted_sum,
     "myelin.norm-sum": _norms,
     "myelin.clip-factors": _norms,
