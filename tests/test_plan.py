@@ -304,6 +304,18 @@ def test_results_are_the_same_bits_run_after_run(mixed):
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
+def test_a_step_is_a_gradient_and_an_update():
+    ones = np.ones(4, np.float32)
+    run, other = (compiled(nn.Linear(3, 2), (3,)) for _ in range(2))
+    weights = pack(run.program, run.model.parameters)
+    sums = run.outside.gradient(run.x, run.y, ones, weights, 1.0)
+    expected = run.outside.update(sums, 1)
+    other.outside.gradient(run.x, run.y, ones, weights, 1.0)
+    other.outside.step()
+    assert np.array_equal(other.outside.buffer("weights"), expected)
+    assert not np.array_equal(expected, weights)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_memory_is_shared_only_by_buffers_that_never_live_together(data):

@@ -3,8 +3,7 @@
 `compile_training` lowers the Relax functions of `myelin.training` operator by operator: `TEMPLATES`
 is the one place where an operator's kernel is chosen. Images are stored channels last (NHWC),
 everything else as Relax sees it; elementwise chains become one kernel; temporaries share memory by
-a linear scan over their lifetimes. The result, a `Program`, is what an image is built from
-(docs/image.md) and what `Outside` runs through TVM's own runtime, for tests and baselines.
+a linear scan over their lifetimes. The result is a `Program`.
 """
 
 from __future__ import annotations
@@ -15,14 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from tvm import DataType, ir, relax
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from myelin import clipping, planner, training
 from myelin.cpu import Cpu
-from myelin.errors import DataRefused, ModelRefused
+from myelin.errors import ModelRefused
 from myelin.kernels import (
     bounds,
     elementwise,
@@ -42,72 +39,18 @@ from myelin.kernels.pool import Pool
 from myelin.kernels.tir import select, splat
 from myelin.model import Model
 from myelin.optimizer import Optimizer
+from myelin.outside import Outside
 from myelin.planner import Decision
+from myelin.program import Call, Program
 from myelin.training import HYPER, Objective, bindings, operands, operator, returned
-from myelin.weights import Parameter, align, flat_size, pack, place
+from myelin.weights import Parameter, align, flat_size, place
 
-Array = npt.NDArray[np.float32]
+__all__ = ["Outside", "Program", "compile_training"]
+
 Shape = tuple[int, ...]
 
 ARENA_LIMIT = (1 << 32) - 64
 """Bytes of an arena: the enclave keeps offsets in 32 bits."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """A kernel and where its arguments lie, as byte offsets into the arena."""
-
-    kernel: str
-    offsets: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Program:
-    """All that an image holds of a model: kernels, calls, and where things lie (docs/image.md).
-
-    `buffers` maps x, y, mask, hyper, weights, gradient, state and output to (offset, bytes) in an
-    arena of `arena` bytes. `features` is the number of float32 of one example, `additions` the
-    longest chain of float32 additions over the examples of one physical batch. `decisions` has a
-    row for every call of `gradient`.
-    """
-
-    kernels: Mapping[str, Any]
-    gradient: tuple[Call, ...]
-    predict: tuple[Call, ...]
-    update: tuple[Call, ...]
-    buffers: Mapping[str, tuple[int, int]]
-    arena: int
-    parameters: tuple[Parameter, ...]
-    batch: int
-    outputs: int
-    features: int
-    label_bytes: int
-    loss: str
-    optimizer: Optimizer
-    additions: int
-    clipping: tuple[tuple[str, str], ...]
-    decisions: tuple[Decision, ...]
-
-    def description(self) -> dict[str, Any]:
-        """The parts of an image's description that come from here, but for scalars."""
-        index = {name: i for i, name in enumerate(self.kernels)}
-        return {
-            "kernels": [
-                {"name": name, "args": kernel_object.argument_bytes(kernel)}
-                for name, kernel in self.kernels.items()
-            ],
-            **{
-                phase: [[index[call.kernel], *call.offsets] for call in calls]
-                for phase, calls in (
-                    ("gradient", self.gradient),
-                    ("predict", self.predict),
-                    ("update", self.update),
-                )
-            },
-            "buffers": {name: list(where) for name, where in self.buffers.items()},
-            "parameters": [parameter.document() for parameter in self.parameters],
-            "clipping": [{"layer": layer, "norm": norm} for layer, norm in self.clipping],
-        }
 
 
 def compile_training(
@@ -1143,95 +1086,3 @@ class _Recorder:
         if self._folder is not None:
             (self._folder / f"{self._count:02d}-{name}").write_text(text())
             self._count += 1
-
-
-class Outside:
-    """Runs a program's kernels through TVM's runtime, on this machine and outside any enclave.
-
-    For tests, baselines and benchmarks: nothing here is protected, and nothing is noised.
-    """
-
-    def __init__(self, program: Program, cpu: Cpu) -> None:
-        """Compile the kernels and make an arena of zeros."""
-        import tvm
-
-        self.program = program
-        memory = np.zeros(program.arena + 64, np.uint8)
-        first = -memory.ctypes.data % 64
-        self._arena = memory[first : first + program.arena]
-        compiled = kernel_object.library(program.kernels, cpu)
-
-        def tensor(parameter: Any, offset: int) -> Any:
-            shape = tuple(int(d) for d in parameter.ty.shape)
-            kind = np.dtype(str(parameter.ty.dtype))
-            size = math.prod(shape) * kind.itemsize
-            view = self._arena[offset : offset + size].view(kind).reshape(shape)
-            return tvm.runtime.from_dlpack(view)
-
-        def prepared(calls: Sequence[Call]) -> list[tuple[Any, tuple[Any, ...]]]:
-            return [
-                (
-                    compiled[call.kernel],
-                    tuple(map(tensor, program.kernels[call.kernel].params, call.offsets)),
-                )
-                for call in calls
-            ]
-
-        self._gradient = prepared(program.gradient)
-        self._predict = prepared(program.predict)
-        self._update = prepared(program.update)
-
-    def buffer(self, name: str) -> npt.NDArray[Any]:
-        """A view of one of the program's buffers: int32 for class labels, else float32."""
-        offset, size = self.program.buffers[name]
-        kind = np.int32 if name == "y" and self.program.loss == "cross-entropy" else np.float32
-        return self._arena[offset : offset + size].view(kind)
-
-    def gradient(
-        self,
-        x: npt.ArrayLike,
-        y: npt.ArrayLike,
-        mask: npt.ArrayLike,
-        weights: npt.ArrayLike,
-        max_grad_norm: float,
-    ) -> Array:
-        """The clipped sum, flat [D], of one physical batch; weights flat [D] or by name."""
-        self._fill("x", x)
-        self._fill("y", y)
-        self._fill("mask", mask)
-        self._fill_weights(weights)
-        self.buffer("hyper")[0] = max_grad_norm
-        self.run_gradient()
-        return np.array(self.buffer("gradient"))
-
-    def predict(self, x: npt.ArrayLike, weights: npt.ArrayLike) -> Array:
-        """The outputs, [batch, outputs]."""
-        self._fill("x", x)
-        self._fill_weights(weights)
-        for function, arguments in self._predict:
-            function(*arguments)
-        return np.array(self.buffer("output")).reshape(-1, self.program.outputs)
-
-    def update(self, gradient: npt.ArrayLike, step: int) -> Array:
-        """The weights, flat [D], after `step` (1, 2, …) by the gradient given; state stays here."""
-        self._fill("gradient", gradient)
-        self.buffer("hyper")[1] = step
-        for function, arguments in self._update:
-            function(*arguments)
-        return np.array(self.buffer("weights"))
-
-    def run_gradient(self) -> None:
-        """The gradient calls on what the buffers hold: the part that benchmarks time."""
-        for function, arguments in self._gradient:
-            function(*arguments)
-
-    def _fill(self, name: str, value: npt.ArrayLike) -> None:
-        view = self.buffer(name)
-        array = np.asarray(value)
-        if array.size != view.size or array.dtype.kind not in "fiub":
-            raise DataRefused(f"{name} has {array.size} numbers, the program takes {view.size}")
-        view[:] = array.reshape(-1)
-
-    def _fill_weights(self, weights: Any) -> None:
-        flat = pack(self.program, weights) if isinstance(weights, Mapping) else weights
-        self._fill("weights", flat)
