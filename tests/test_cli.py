@@ -31,7 +31,7 @@ def myelin(*arguments: object, code: int = 0) -> dict[str, object]:
     """Runs a verb with --json; checks the exit code and that stdout is one JSON object."""
     verb, *rest = map(str, arguments)
     done = subprocess.run(
-        [MYELIN, verb, *rest, *([] if verb == "inspect" else ["--json"])],
+        [MYELIN, verb, *rest, "--json"],
         capture_output=True,
         text=True,
         timeout=300,
@@ -145,6 +145,16 @@ def test_the_receiver_opens_weights_that_predict_what_the_receipt_says(town: Tow
     accuracy = np.mean((outputs > 0) == (test.labels > 0.5))
     receipt = verified(town)
     assert abs(accuracy - float(str(receipt["score"]))) < 1 / len(test.labels) + 1e-9
+
+
+def test_the_plan_says_what_was_chosen_for_each_layer(town: Town) -> None:
+    model = town.exchange / "model.json"
+    done = subprocess.run(
+        [MYELIN, "inspect", model, "--plan"], capture_output=True, text=True, check=True
+    )
+    heading, *rows = done.stdout.splitlines()
+    assert heading.split() == ["layer", "kernel", "norm", "GFLOP", "predicted", "ms", "MiB"]
+    assert any("linear" in row and "product" in row for row in rows)
 
 
 def test_a_rebuild_measures_the_same(town: Town) -> None:

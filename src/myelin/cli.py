@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -39,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _people = Console(stderr=True, highlight=False, soft_wrap=True)
+_data_console = Console(highlight=False, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Key = Annotated[Path, typer.Option("--key", help="Your secret key file.")]
@@ -139,6 +140,9 @@ def build_image(
     batch: Annotated[int, typer.Option(help="Examples of a physical batch.")] = 64,
     cpu: Annotated[str, typer.Option(help="x86-64-v3, x86-64-v4 or native.")] = "x86-64-v3",
     threads: Annotated[int, typer.Option(help="Thread slots.")] = 2,
+    stored: Annotated[
+        int | None, typer.Option(help="MiB for stored per-example gradients.")
+    ] = None,
     dump: Annotated[Path | None, typer.Option(help="Write the IR after each pass here.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -162,6 +166,7 @@ def build_image(
             test=test,
             batch=batch,
             features=_features(features),
+            stored_bytes=recipe.STORED_BYTES if stored is None else stored << 20,
             cpu=level,
             threads=threads,
             directory=out,
@@ -186,12 +191,41 @@ def build_image(
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="An image, job, approval, evidence, receipt …")],
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Of a model file: what was chosen for each layer.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what a file says, as JSON. Shows only: nothing is verified.
 
     Example: myelin inspect job.cbor
     """
-    print(json.dumps(_inspect(file), indent=2))
+    if not plan:
+        print(json.dumps(_inspect(file), indent=None if as_json else 2))
+        return
+    from myelin import recipe
+
+    rows = recipe.plan(file.read_bytes()).decisions
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    _table(
+        [
+            ("layer", "kernel", "norm", "GFLOP", "predicted ms", "MiB"),
+            *(
+                (
+                    row.layer,
+                    row.kernel,
+                    str(row.method or ""),
+                    f"{row.gflop:.4f}",
+                    f"{row.ms:.3f}",
+                    f"{row.bytes / 2**20:.2f}",
+                )
+                for row in rows
+            ),
+        ],
+        to=_data_console,
+    )
 
 
 @app.command("job")
@@ -842,13 +876,13 @@ def _answer(facts: dict[str, Any], as_json: bool) -> None:
             print(f"{name}  {value}")
 
 
-def _table(rows: list[tuple[str, ...]], *, header: bool = True) -> None:
+def _table(rows: list[tuple[str, ...]], *, header: bool = True, to: Console = _people) -> None:
     table = Table(show_header=header, box=None, padding=(0, 0, 0, 3))
     for title in rows[0]:
         table.add_column(title if header else "", overflow="fold")
     for row in rows[1:] if header else rows:
         table.add_row(*row)
-    _people.print(table)
+    to.print(table)
 
 
 @contextmanager

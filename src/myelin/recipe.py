@@ -33,6 +33,7 @@ from myelin.model import Model, load
 from myelin.native import native_file
 from myelin.optimizer import Optimizer, optimizer_from_dict, optimizer_to_dict
 from myelin.plan import Program, compile_training
+from myelin.planner import STORED_BYTES
 from myelin.weights import pack
 
 LOSSES = ("cross-entropy", "binary-cross-entropy", "mean-squared-error")
@@ -47,8 +48,8 @@ class Recipe:
     """Everything but the model's graph that decides the image's bytes.
 
     `batch` is the number of examples of a physical batch, `records` and `test` the number of
-    records that fit, over all senders; `features` how records keep their features; `threads` the
-    thread slots; `cpu` a level of `Cpu`.
+    records that fit, over all senders; `features` how records keep their features; `stored_bytes`
+    the memory for stored per-example gradients; `threads` the thread slots; `cpu` a level of `Cpu`.
     """
 
     loss: str
@@ -57,6 +58,7 @@ class Recipe:
     records: int
     test: int = 0
     features: Features = FLOAT32
+    stored_bytes: int = STORED_BYTES
     cpu: str = "x86-64-v3"
     threads: int = 2
 
@@ -68,6 +70,7 @@ class Recipe:
             ("batch", 1, 65_536),
             ("records", 1, 1 << 30),
             ("test", 0, 1 << 30),
+            ("stored_bytes", 0, 1 << 32),
             ("threads", 1, 16),
         ):
             value = getattr(self, name)
@@ -125,6 +128,7 @@ def build(
     test: int = 0,
     batch: int = 64,
     features: Features = FLOAT32,
+    stored_bytes: int = STORED_BYTES,
     cpu: str = "x86-64-v3",
     threads: int = 2,
     cache: Cache | None = None,
@@ -145,6 +149,7 @@ def build(
         records=records,
         test=test,
         features=features,
+        stored_bytes=stored_bytes,
         cpu=cpu,
         threads=threads,
     )
@@ -164,6 +169,19 @@ def rebuild(document: bytes, *, progress: Progress = lambda stage: None) -> Imag
     """Builds the image again from the bytes of a model file, with nothing from an earlier build."""
     model, recipe = _read_model_file(document)
     return _compile(model, recipe, document, cache=None, dump=None, progress=progress)
+
+
+def plan(document: bytes) -> Program:
+    """The plan of a model file: its kernels and `decisions`, without compiling or linking."""
+    model, recipe = _read_model_file(document)
+    return compile_training(
+        model,
+        loss=recipe.loss,
+        optimizer=recipe.optimizer,
+        batch=recipe.batch,
+        cpu=Cpu.named(recipe.cpu),
+        stored_bytes=recipe.stored_bytes,
+    )
 
 
 def compare(rebuilt: Image, reference: Reference, *, original: Image | None = None) -> None:
@@ -223,6 +241,7 @@ def _compile(
         optimizer=recipe.optimizer,
         batch=recipe.batch,
         cpu=cpu,
+        stored_bytes=recipe.stored_bytes,
         dump=dump,
     )
     kernels = _objects(program, cpu, cache, progress)
