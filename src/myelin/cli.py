@@ -154,6 +154,7 @@ def build_image(
     from myelin import recipe
     from myelin.cpu import Cpu
     from myelin.kernels.cache import Cache
+    from myelin.planner import STORED_BYTES
 
     level = Cpu.native().level if cpu == "native" else cpu
     with _stages() as stage:
@@ -166,7 +167,7 @@ def build_image(
             test=test,
             batch=batch,
             features=_features(features),
-            stored_bytes=recipe.STORED_BYTES if stored is None else stored << 20,
+            stored_bytes=STORED_BYTES if stored is None else stored << 20,
             cpu=level,
             threads=threads,
             directory=out,
