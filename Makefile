@@ -14,7 +14,7 @@ help:
 	@echo "make demo    three hospitals train one private model (simulated TEE)"
 	@echo "make test    all quick tests; SLOW=1 adds the slow ones"
 	@echo "make check   formatters, linters, types, import rules"
-	@echo "make bench   examples per second beside PyTorch and Opacus; writes build/bench.json"
+	@echo "make bench   examples per second beside PyTorch and Opacus; MODELS=all, PAGE=1"
 	@echo "make size    lines of trusted Rust, against their limit"
 	@echo "make wheel   a wheel that carries the prebuilt runtime and cell"
 	@echo "make docs    check that links and commands in the documents are real"
@@ -63,7 +63,7 @@ check: $(VENV)/.dev
 	$(MAKE) --no-print-directory size
 
 bench: setup $(VENV)/.dev
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(if $(MODELS),--models $(MODELS)) $(if $(PAGE),--page)
 
 size:
 	@sh enclave/size.sh

@@ -1,6 +1,6 @@
 """PyTorch without privacy and Opacus with it, as child processes so that peak memory is their own.
 
-`python -m benchmarks.peers CASE MODE` prints one JSON line.
+`python -m benchmarks.peers CASE MODE SECONDS PRECISION` prints one JSON line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     """Runs one mode of one case."""
     case = next(case for case in CASES if case.name == sys.argv[1])
     mode = sys.argv[2]
-    precision = sys.argv[3] if len(sys.argv) > 3 else "float32"
+    seconds, precision = float(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
@@ -33,7 +33,7 @@ def main() -> None:
     for _ in range(5):
         step()
     times = []
-    until = time.perf_counter() + 8
+    until = time.perf_counter() + seconds
     while len(times) < 10 or (time.perf_counter() < until and len(times) < 400):
         start = time.perf_counter()
         step()
