@@ -10,10 +10,14 @@ from __future__ import annotations
 import importlib.util
 import inspect as inspection
 import json
+import math
 import secrets
+import struct
 import sys
 import tempfile
 import time
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -21,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import click
 import numpy as np
 import typer
 from rich.console import Console
@@ -48,18 +53,45 @@ ExchangeFolder = Annotated[Path, typer.Argument(help="The exchange folder.")]
 
 def main() -> NoReturn:
     """Runs the command line; every named error ends with its exit code."""
+    warnings.simplefilter(
+        "ignore"
+    )  # Words of the libraries below are not for this command's users.
     try:
-        app()
+        code = app(standalone_mode=False)
     except MyelinError as error:
-        _people.print(f"myelin: {error}", markup=False)
+        _end(str(error), error.exit_code)
+    except click.exceptions.Abort:
+        _end("interrupted; nothing more was released", 1)
+    except click.ClickException as error:
+        error.show()
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        _people.print("myelin: interrupted; nothing was released")
-        sys.exit(1)
-    except (OSError, MemoryError) as error:
-        _people.print(f"myelin: {type(error).__name__}: {error}", markup=False)
-        sys.exit(1)
-    sys.exit(0)
+        _end("interrupted; nothing more was released", 1)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        _end(f"this needs {error.name}: pip install 'myelin[{extra}]'", 2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _end(f"{where}{error.strerror or error}; check the path and your rights to it", 1)
+    except MemoryError:
+        _end("memory ran out; use smaller capacities or batches", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+_EXTRAS = {
+    "tvm": "compile",
+    "ziglang": "compile",
+    "onnx": "onnx",
+    "torch": "torch",
+    "sklearn": "demo",
+}
+
+
+def _end(words: str, code: int) -> NoReturn:
+    _people.print(f"myelin: {words}", markup=False)
+    sys.exit(code)
 
 
 @app.command()
@@ -262,8 +294,15 @@ def write_job(
 
     senders = dict(_sender(text) for text in records)
     testers = dict(_sender(text) for text in test or [])
-    made = _privacy(epsilon, delta, max_grad_norm, sample_rate, steps, sum(senders.values()))
     built = Build.open(build_folder)
+    for slot, owners in (("records", senders), ("test", testers)):
+        room, asked = built.image.description["capacity"][slot], sum(owners.values())
+        if asked > room:
+            raise UsageError(
+                f"the image has room for {room} {slot}, the senders' capacities add up to {asked}: "
+                f"build it with --{slot} {asked}"
+            )
+    made = _privacy(epsilon, delta, max_grad_norm, sample_rate, steps, sum(senders.values()))
     job = Job.draft(
         image=built.image,
         weights=built.weights_digest,
@@ -377,6 +416,8 @@ def seal_data(
     from myelin.grant import Ledger
     from myelin.seal import key_path, seal_records
 
+    if budget_epsilon is not None and not (0 < budget_epsilon < math.inf and 0 < delta < 1):
+        raise UsageError(f"a budget of epsilon {budget_epsilon}, delta {delta} is none")
     values, answers = _data(data, labels, features)
     with _bar("seal", None) as told:
         sealed = seal_records(values, answers, out, capacity=capacity, progress=told)
@@ -467,13 +508,11 @@ def run(
 
     Example: myelin run exchange --simulator world
     """
-    from myelin.cell import backends
     from myelin.evidence.simulator import World
     from myelin.exchange import Exchange
     from myelin.service import serve
 
-    if backend not in backends():
-        raise UsageError(f"backend {backend!r}: choose one of {', '.join(backends())}")
+    _check_backend(backend)
     _people.print("The TEE is simulated: nothing is protected from this machine.")
     if not simulator.exists():
         World.create(simulator, now=int(time.time()))
@@ -512,6 +551,8 @@ def fetch(
 
     where, job, party = _open(exchange, key)
     index = _index(job, party)
+    if not any((one.slot, one.party) == ("weights", index) for one in job.receives):
+        raise UsageError(f"{party.name!r} receives no weights in this job")
     rules = _rules(policy).for_job(job)
     verified = _verified(where.receipt, rules, where.endorsements, int(time.time()))
     plaintext = open_output(
@@ -622,6 +663,7 @@ def run_demo(
     """
     from myelin import demo
 
+    _check_backend(backend)
     teller = demo.Teller(
         say=lambda line: _people.print(line, markup=False),
         rows=lambda rows: _table(rows, header=False),
@@ -699,6 +741,13 @@ def _sender(text: str) -> tuple[Any, int]:
     if not path:
         raise UsageError(f"{text!r}: write PUBLIC_FILE:CAPACITY, such as north.pub:160")
     return PublicParty.load(path), _integers(capacity, "capacity")[0]
+
+
+def _check_backend(backend: str) -> None:
+    from myelin.cell import backends
+
+    if backend not in backends():
+        raise UsageError(f"backend {backend!r}: choose one of {', '.join(backends())}")
 
 
 def _ledger_path(sealed: Path) -> Path:
@@ -807,15 +856,21 @@ def _data(path: Path, labels: str, kind: str) -> tuple[Any, Any]:
     if labels not in ("class", "real"):
         raise UsageError(f"labels {labels!r}: class or real")
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            if not {"x", "y"} <= set(file.files):
-                raise UsageError(f"{path} holds {', '.join(file.files)}; it must hold x and y")
-            features, answers = file["x"], file["y"]
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                held = {name: file[name] for name in file.files}
+        except (ValueError, zipfile.BadZipFile, EOFError) as error:
+            raise UsageError(f"{path} is no .npz file of plain arrays: {error}") from None
+        if not {"x", "y"} <= set(held):
+            raise UsageError(f"{path} holds {', '.join(held)}; it must hold x and y")
+        features, answers = held["x"], held["y"]
     elif path.suffix == ".csv":
         try:
             table = np.loadtxt(path, delimiter=",", ndmin=2, dtype=np.float64)
         except ValueError as error:
             raise UsageError(f"{path}: {error}; numbers only, no heading") from None
+        if table.shape[1] < 2:
+            raise UsageError(f"{path} holds {table.size} numbers; it needs features and a label")
         features, answers = table[:, :-1], table[:, -1]
     else:
         raise UsageError(f"{path}: .npz or .csv")
@@ -835,6 +890,7 @@ def _data(path: Path, labels: str, kind: str) -> tuple[Any, Any]:
 def _inspect(path: Path) -> Any:
     from myelin import document
     from myelin.image import Image
+    from myelin.seal import MAGIC
 
     content = path.read_bytes()
     if content[:4] == b"\x7fELF":
@@ -844,6 +900,11 @@ def _inspect(path: Path) -> Any:
             "measurement": image.measurement.hex(),
             "description": _readable(image.description),
         }
+    if content[:1] in (b"#", b"{", b"t"):
+        raise UsageError(f"{path} is a text file: read it as it is (a .key only by its owner)")
+    if content[:16] == MAGIC:
+        length, chunk = struct.unpack_from("<QI", content, 80)
+        return {"type": "myelin/sealed/1", "plaintext bytes": length, "chunk bytes": chunk}
     return _readable(document.decode(content, lambda value, where: None, limit=1 << 24))
 
 
@@ -879,11 +940,13 @@ def _answer(facts: dict[str, Any], as_json: bool) -> None:
 
 def _table(rows: list[tuple[str, ...]], *, header: bool = True, to: Console = _people) -> None:
     table = Table(show_header=header, box=None, padding=(0, 0, 0, 3))
-    for title in rows[0]:
-        table.add_column(title if header else "", overflow="fold")
+    # The last column is not folded: paths and digests stay whole.
+    for number, title in enumerate(rows[0]):
+        last = number == len(rows[0]) - 1
+        table.add_column(title if header else "", no_wrap=last, overflow="fold")
     for row in rows[1:] if header else rows:
         table.add_row(*row)
-    to.print(table)
+    to.print(table, soft_wrap=not header)
 
 
 @contextmanager

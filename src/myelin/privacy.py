@@ -138,8 +138,16 @@ class Privacy:
 
         Raises `PrivacyRefused` when no noise multiplier below a million does.
         """
-        if not (epsilon > 0 and math.isfinite(epsilon)):
-            raise PrivacyRefused(f"the target epsilon is {epsilon!r}, not a positive number")
+        for name, value, fits, wanted in (
+            ("the target epsilon", epsilon, 0 < epsilon < math.inf, "a positive number"),
+            ("sample_rate", sample_rate, 0 < sample_rate <= 1, "above 0 and at most 1"),
+            ("steps", steps, 1 <= steps < 2**32, "from 1 to 2³² - 1"),
+            ("delta", delta, 1 / PICO <= delta < 1, "from 1e-12 to 1"),
+            ("max_grad_norm", max_grad_norm, 0 < max_grad_norm < math.inf, "a positive number"),
+            ("records", records, 1 <= records < 2**32, "from 1 to 2³² - 1"),
+        ):
+            if not fits:
+                raise PrivacyRefused(f"{name} is {value!r}: it must be {wanted}")
 
         def at(noise: float) -> Privacy:
             return cls.for_records(

@@ -38,6 +38,8 @@ from myelin.weights import pack
 
 LOSSES = ("cross-entropy", "binary-cross-entropy", "mean-squared-error")
 _INPUTS = 16
+MOST_HEAP = 60 << 30
+"""Between the image and the mailbox (docs/image.md)."""
 FLOAT32 = Features()
 
 Progress = Callable[[str], None]
@@ -245,6 +247,12 @@ def _compile(
         dump=dump,
     )
     kernels = _objects(program, cpu, cache, progress)
+    heap = _heap(program, recipe, kernel_object.workspace_bytes(program.kernels, cpu))
+    if heap > MOST_HEAP:
+        raise UsageError(
+            f"the image would need {heap / 2**30:.1f} GiB of heap, at most {MOST_HEAP >> 30} fit: "
+            "state fewer records or a smaller batch, or keep features as uint8"
+        )
     runtime = native_file(f"libmyelin_enclave-{cpu.level}.a").read_bytes()
     workspace = kernel_object.workspace_bytes(program.kernels, cpu)
     description = encode(_describe(program, recipe, cpu, document, kernels, runtime, workspace))
@@ -396,7 +404,11 @@ def _read_model_file(document: bytes) -> tuple[Model, Recipe]:
     options = dict(content["recipe"])
     wanted = {field.name for field in fields(Recipe)}
     if set(options) != wanted:
-        raise UsageError(f"model file: the recipe must hold exactly {', '.join(sorted(wanted))}")
+        odd = ", ".join(sorted(set(options) ^ wanted))
+        raise UsageError(
+            f"model file: the recipe must hold exactly {', '.join(sorted(wanted))}; it differs in "
+            f"{odd}, as one made by another version of Myelin would"
+        )
     options["optimizer"] = optimizer_from_dict(options["optimizer"])
     try:
         options["features"] = Features.from_document(options["features"])

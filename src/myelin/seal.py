@@ -242,7 +242,9 @@ def _check_records(features: npt.NDArray[Any], labels: npt.NDArray[Any], capacit
         )
     if len(labels) != len(features):
         raise DataRefused(f"{len(features)} rows of features but {len(labels)} labels")
-    if not len(features) <= capacity <= MOST_RECORDS:
+    if not 1 <= capacity <= MOST_RECORDS:
+        raise DataRefused(f"the capacity is {capacity}: it must be from 1 to {MOST_RECORDS}")
+    if len(features) > capacity:
         raise DataRefused(
             f"{len(features)} records do not fit the capacity {capacity} that the job states"
         )
