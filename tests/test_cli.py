@@ -299,6 +299,55 @@ def test_usage_errors_end_with_2(arguments: tuple[str, ...], word: str, tmp_path
     assert word in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (
+            ("seal", "d.csv", "--capacity", "9", "--out", "x", "--budget", "nan"),
+            "budget of epsilon",
+        ),
+        (("seal", "d.csv", "--capacity", "0", "--out", "x"), "capacity is 0"),
+        (("seal", "d.csv", "--capacity", "1", "--out", "x"), "do not fit the capacity 1"),
+        (("seal", "junk.npz", "--capacity", "9", "--out", "x"), "no .npz file"),
+        (("budget", "--records", "9", *PRIVACY[:2], "--steps", "0", *PRIVACY[4:]), "steps is 0"),
+        (("budget", "--records", "9", *PRIVACY[:4], "--sample-rate", "1.5"), "sample_rate is 1.5"),
+        (("demo", "--backend", "foo"), "choose one of process, kvm"),
+        (("inspect", "d.csv.txt"), "check the path"),
+    ],
+)
+def test_wrong_numbers_and_files_are_named(
+    arguments: tuple[str, ...], word: str, tmp_path: Path
+) -> None:
+    (tmp_path / "d.csv").write_text("1,0\n2,1\n")
+    (tmp_path / "junk.npz").write_bytes(b"PK\x03\x04 junk")
+    done = subprocess.run(
+        [MYELIN, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode in (1, 2), done.stderr
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_job_larger_than_its_image_is_refused(town: Town, tmp_path: Path) -> None:
+    answer = myelin(
+        *("job", town.root / "build", "--exchange", tmp_path / "exchange", *PRIVACY),
+        *("--records", f"{town.root}/north/north.pub:481"),
+        *("--weights", town.root / "university" / "university.pub"),
+        code=2,
+    )
+    assert "the image has room for 480 records" in str(answer["stderr"])
+
+
+def test_who_receives_nothing_fetches_nothing(town: Town, tmp_path: Path) -> None:
+    key = town.root / "north" / "north.key"
+    out = tmp_path / "weights.safetensors"
+    answer = myelin(
+        *("fetch", town.exchange, "--key", key, "--policy", town.policy, "--out", out), code=2
+    )
+    assert "receives no weights" in str(answer["stderr"])
+
+
 def test_budget_answers_with_the_noise_that_keeps_epsilon() -> None:
     answer = myelin("budget", "--records", 480, *PRIVACY)
     assert 0 < float(str(answer["epsilon"])) <= 2

@@ -39,7 +39,7 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """An enclave image in memory, checked for form."""
+    """An enclave image in memory; its properties raise `ImageInvalid` where the form is broken."""
 
     content: bytes
 

@@ -143,6 +143,9 @@ def build(
     module; `example` one input with a leading batch axis, float32. `cache` keeps
     compiled kernels between builds; `dump` receives the IR after each pass; `progress` is told each
     stage's name.
+
+    Raises `UsageError` for settings out of range, `ModelRefused` and `UnsupportedLayer` for a model
+    that cannot be trained privately, `BuildFailed` when the linker refuses.
     """
     recipe = Recipe(
         loss=loss,
@@ -168,7 +171,10 @@ def build(
 
 
 def rebuild(document: bytes, *, progress: Progress = lambda stage: None) -> Image:
-    """Builds the image again from the bytes of a model file, with nothing from an earlier build."""
+    """Builds the image again from the bytes of a model file, with nothing from an earlier build.
+
+    Raises `UsageError` and `ModelRefused` for a file that is not one, and what `build` raises.
+    """
     model, recipe = _read_model_file(document)
     return _compile(model, recipe, document, cache=None, dump=None, progress=progress)
 

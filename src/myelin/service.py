@@ -63,9 +63,11 @@ class Service:
         attester: Attester,
         backend: Backend = "process",
     ) -> None:
-        """Starts the job's image; `ImageMismatch` when the file is not the one the job names.
+        """Starts the job's image.
 
-        `weights` is the safetensors file of the public initial weights.
+        `weights` is the safetensors file of the public initial weights. Raises `ImageMismatch` when
+        the image is not the one that the job names, `DataRefused` when the weights do not fit it,
+        `CellDied` when it does not start; every operation may raise `EnclaveRefused` and `CellDied`.
         """
         self._job = job
         self._attester = attester
@@ -198,8 +200,8 @@ def serve(
 ) -> None:
     """Runs the job of an exchange folder from the first approval to the receipt.
 
-    Waits for the parties' files, at most `wait_seconds` for the next one. An interrupted run
-    starts afresh, with new grants: an instance's keys die with it, by design.
+    Waits for the parties' files, at most `wait_seconds` for the next one, then `ExchangeError`. An
+    interrupted run starts afresh, with new grants: an instance's keys die with it, by design.
     """
     job = Job.from_bytes(exchange.job.read_bytes())
     for folder in (exchange.folder / "evidence", exchange.folder / "grants"):
