@@ -67,7 +67,7 @@ class Service:
 
         `weights` is the safetensors file of the public initial weights. Raises `ImageMismatch` when
         the image is not the one that the job names, `DataRefused` when the weights do not fit it,
-        `CellDied` when it does not start; every operation may raise `EnclaveRefused` and `CellDied`.
+        `CellDied` when it does not start; every operation may raise `EnclaveRefused` or `CellDied`.
         """
         self._job = job
         self._attester = attester
