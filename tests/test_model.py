@@ -269,3 +269,27 @@ def test_a_truncated_or_spaced_document_is_refused():
         Model.from_document(document + b"\n")
     with pytest.raises(ModelRefused, match="at most"):
         Model.from_document(b" " * (1 << 21))
+
+
+@pytest.mark.parametrize("opset", [17, 20])
+@pytest.mark.filterwarnings("ignore")  # PyTorch's exporter without onnxscript is the old one
+def test_norms_of_equal_size_that_an_exporter_merged_are_parted(tmp_path, opset):
+    runtime = pytest.importorskip("onnxruntime")
+    t = torch.nn
+    net = t.Sequential(
+        *(t.Conv2d(1, 8, 3), t.GroupNorm(2, 8), t.ReLU(), t.Conv2d(8, 8, 3), t.GroupNorm(2, 8)),
+        *(t.Flatten(), t.Linear(128, 8), t.LayerNorm(8), t.Linear(8, 8), t.LayerNorm(8)),
+    ).eval()
+    path, x = tmp_path / "net.onnx", torch.randn(4, 1, 8, 8)
+    torch.onnx.export(net, x, path, opset_version=opset, dynamo=False)
+    model = load(path, x.numpy())
+    assert sum(value.size for value in model.parameters.values()) == sum(
+        value.numel() for value in net.parameters()
+    )
+    program = compile_training(
+        model, loss="cross-entropy", optimizer=SGD(lr=0.1), batch=4, cpu=Cpu.native()
+    )
+    found = Outside(program, Cpu.native()).predict(x.numpy(), model.parameters)
+    session = runtime.InferenceSession(path)
+    (expected,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(found, expected, atol=1e-5)

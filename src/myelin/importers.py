@@ -102,6 +102,7 @@ def from_onnx(path: Path, example: Any = None) -> Model:
         raise ModelRefused(f"{path} leaves the shape of its input open: give an example")
     for node in proto.graph.node:
         _check_onnx(node)
+    _unshare(proto.graph)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -121,6 +122,29 @@ def from_onnx(path: Path, example: Any = None) -> Model:
         for var, value in zip(function.params[1:], values, strict=True)
     }
     return _Reader(function, parameters).model()
+
+
+def _unshare(graph: Any) -> None:
+    """Give each use of a constant initializer one of its own.
+
+    Exporters merge initializers of equal content, such as the scales of two norms before training.
+    Weights that really are shared have varied values and stay refused.
+    """
+    import onnx
+
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    uses: dict[str, int] = {}
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name not in tensors:
+                continue
+            uses[name] = uses.get(name, 0) + 1
+            value = onnx.numpy_helper.to_array(tensors[name])
+            constant = value.size > 1 and value.dtype == np.float32 and np.ptp(value) == 0
+            if uses[name] > 1 and constant:
+                own = onnx.numpy_helper.from_array(value, f"{name}.{uses[name]}")
+                graph.initializer.append(own)
+                node.input[place] = own.name
 
 
 def from_relax(module: Any) -> Model:

@@ -172,3 +172,28 @@ fn receipts() {
     assert_eq!(ours.body, theirs.body);
     Reader::document(ours.body, |reader| reader.skip()).unwrap();
 }
+
+#[test]
+fn evidence() {
+    let vectors = vectors("evidence");
+    let (evidence, fields) = (bytes(&vectors, "evidence"), &vectors["fields"]);
+    // The enclave makes no such document and reads none; its keys and report data are in it.
+    let [job, nonce] = [array(fields, "job"), array(fields, "nonce")];
+    let (hpke, sign) = (array(fields, "hpke"), array(fields, "sign"));
+    let quote = bytes(fields, "quote");
+    Reader::document(&evidence, |reader| {
+        reader.map(7)?;
+        assert_eq!(*reader.key("job")?.fixed::<32>()?, job);
+        assert_eq!(reader.key("tee")?.text()?, "sgx");
+        assert_eq!(reader.key("hpke")?.fixed::<1216>()?, &hpke);
+        assert_eq!(reader.key("sign")?.fixed::<65>()?, &sign);
+        reader.key("type")?.kind("myelin/evidence/1")?;
+        assert_eq!(*reader.key("nonce")?.fixed::<32>()?, nonce);
+        reader.key("quote")?.skip()?;
+        Ok(())
+    })
+    .unwrap();
+    assert!(evidence.ends_with(&quote));
+    // Report data: the last 64 bytes of the report body, which follows 48 bytes of quote header.
+    assert_eq!(quote[48 + 320..48 + 384], report_data(&nonce, &hpke, &sign, &job));
+}
