@@ -293,3 +293,27 @@ def test_norms_of_equal_size_that_an_exporter_merged_are_parted(tmp_path, opset)
     session = runtime.InferenceSession(path)
     (expected,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [12, 17, 20])
+@pytest.mark.filterwarnings("ignore")  # PyTorch's exporter without onnxscript is the old one
+def test_the_tanh_form_of_gelu_is_recognised_in_onnx(tmp_path, opset):
+    runtime = pytest.importorskip("onnxruntime")
+    t = torch.nn
+    net = t.Sequential(t.Linear(6, 8), t.GELU(approximate="tanh"), t.Linear(8, 3)).eval()
+    path, x = tmp_path / "net.onnx", torch.randn(4, 6)
+    torch.onnx.export(net, x, path, opset_version=opset, dynamo=False)
+    model = load(path, x.numpy())
+    assert [node.op for node in model.nodes] == ["linear", "gelu", "linear"]
+    session = runtime.InferenceSession(path)
+    (expected,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(predictions(model, x.numpy()), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's exporter without onnxscript is the old one
+def test_an_unknown_onnx_operator_is_refused_by_its_node(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.LeakyReLU(), torch.nn.Linear(8, 3))
+    path = tmp_path / "net.onnx"
+    torch.onnx.export(net.eval(), torch.randn(4, 6), path, opset_version=17, dynamo=False)
+    with pytest.raises(UnsupportedLayer, match=r"layer /1/LeakyRelu is refused: the ONNX operator"):
+        load(path, np.zeros((4, 6), np.float32))

@@ -220,6 +220,24 @@ def _check_onnx(node: Any) -> None:
     if known is not None:
         why, advice = _ADVICE[known]
         raise UnsupportedLayer(f"{node.name or node.output[0]} ({node.op_type})", why, advice)
+    if node.op_type not in _ONNX_OPERATORS:
+        raise UnsupportedLayer(
+            node.name or node.output[0],
+            f"the ONNX operator {node.op_type} is not one that Myelin can train privately",
+            "use the layers that the documentation lists",
+        )
+
+
+_ONNX_OPERATORS = frozenset(
+    (
+        *("Conv", "Gemm", "MatMul", "Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Reciprocal"),
+        *("Relu", "Tanh", "Sigmoid", "Gelu", "Softmax", "MaxPool", "AveragePool", "Concat"),
+        *("GlobalAveragePool", "ReduceMean", "LayerNormalization", "GroupNormalization"),
+        *("InstanceNormalization", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"),
+        # What exporters compute shapes and constants with; TVM folds it away.
+        *("Constant", "ConstantOfShape", "Identity", "Shape", "Gather", "Slice", "Cast", "Expand"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -462,7 +480,7 @@ def _multiply(r: _Reader, _: Any, attrs: Any, args: _Args) -> _Found:
     return (
         _Open("multiply", (a, b))
         if found is None
-        else r.append("gelu", found.name, approximate="none")
+        else r.append("gelu", found[0].name, approximate=found[1])
     )
 
 
@@ -472,8 +490,8 @@ def _factors(found: Any) -> list[Any]:
     return [found]
 
 
-def _gelu_of(factors: list[Any]) -> _Data | None:
-    """x of ½ · x · (1 + erf(x / √2)), in any order."""
+def _gelu_of(factors: list[Any]) -> tuple[_Data, str] | None:
+    """x and the kind of ½ · x · (1 + erf(x / √2)) or its tanh approximation, in any order."""
     if len(factors) != 3:
         return None
     halves = [f for f in factors if isinstance(f, float) and math.isclose(f, 0.5)]
@@ -482,15 +500,51 @@ def _gelu_of(factors: list[Any]) -> _Data | None:
     if not (len(halves) == len(data) == len(sums) == 1):
         return None
     ones = [a for a in sums[0].args if _all(a, 1.0)]
-    erfs = [a for a in sums[0].args if isinstance(a, _Open) and a.op == "erf"]
-    if len(ones) != 1 or len(erfs) != 1 or not isinstance(erfs[0].args[0], _Open):
+    curves = [a for a in sums[0].args if isinstance(a, _Open) and a.op in ("erf", "tanh")]
+    if len(ones) != 1 or len(curves) != 1 or not isinstance(curves[0].args[0], _Open):
         return None
-    inner = erfs[0].args[0]
+    inner, x = curves[0].args[0], data[0]
+    if curves[0].op == "tanh":
+        return (x, "tanh") if _is_tanh_argument(inner, x) else None
     wanted = {"divide": math.sqrt(2), "multiply": math.sqrt(0.5)}.get(inner.op)
-    if wanted is None or not any(a == data[0] for a in inner.args if isinstance(a, _Data)):
+    if wanted is None or not any(a == x for a in inner.args if isinstance(a, _Data)):
         return None
     by = [a for a in inner.args if isinstance(a, float)]
-    return data[0] if len(by) == 1 and math.isclose(by[0], wanted, rel_tol=1e-6) else None
+    return (x, "none") if len(by) == 1 and math.isclose(by[0], wanted, rel_tol=1e-6) else None
+
+
+def _is_tanh_argument(found: _Open, x: _Data) -> bool:
+    """Whether it is √(2/π) · (x + 0.044715 · x³)."""
+    scale, sums = _parted(_factors(found))
+    if not math.isclose(scale, math.sqrt(2 / math.pi), rel_tol=1e-6) or len(sums) != 1:
+        return False
+    if not isinstance(sums[0], _Open) or sums[0].op != "add" or x not in sums[0].args:
+        return False
+    (cube,) = [a for a in sums[0].args if a != x] or [None]
+    weight, powers = _parted(_factors(cube))
+    return math.isclose(weight, 0.044715, rel_tol=1e-6) and (
+        powers == [x, x, x]
+        or (
+            len(powers) == 1
+            and isinstance(powers[0], _Open)
+            and powers[0].op == "power"
+            and powers[0].args[0] == x
+            and _all(powers[0].args[1], 3.0)
+        )
+    )
+
+
+def _parted(factors: list[Any]) -> tuple[float, list[Any]]:
+    """The product of the numbers among factors, and the rest."""
+    numbers = [f for f in factors if isinstance(f, float)]
+    return math.prod(numbers), [f for f in factors if not isinstance(f, float)]
+
+
+def _tanh(r: _Reader, _: Any, attrs: Any, args: _Args) -> _Found:
+    """Of a value, or of an open pattern, which may become a GELU."""
+    if isinstance(args[0], _Open):
+        return _Open("tanh", tuple(args))
+    return r.append("tanh", r.data(args[0], "tanh"))
 
 
 def _divide(r: _Reader, _: Any, attrs: Any, args: _Args) -> _Found:
@@ -695,7 +749,8 @@ _READERS: dict[str, Callable[[_Reader, Any, Any, _Args], _Found]] = {
     "relax.nn.layer_norm": _layer_norm,
     "relax.nn.softmax": _softmax,
     "relax.nn.relu": _unary("relu"),
-    "relax.tanh": _unary("tanh"),
+    "relax.power": _opened("power"),
+    "relax.tanh": _tanh,
     "relax.sigmoid": _unary("sigmoid"),
     "relax.nn.silu": _unary("silu"),
     "relax.nn.gelu": _unary("gelu", approximate="none"),
