@@ -139,7 +139,7 @@ def quotients(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, float]]]:
             return max((row["examples_per_second"] for row in fits), default=float("nan"))
 
         cell = best(system="myelin", mode="cell")
-        outside = [row for row in own if row["mode"] == "outside-private"]
+        outside = [row for row in own if row["mode"] == "outside" and row["private"]]
         inside = [row for row in own if row["mode"] == "cell"]
         kernels = (
             inside[0]["kernels_ms"] / outside[0]["median_ms"]
@@ -155,7 +155,7 @@ def quotients(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, float]]]:
                     "PyTorch bf16, not private": cell / best(system="pytorch", precision="bf16"),
                     "better Opacus": cell / best(system="opacus"),
                     "own speed without privacy, outside": cell
-                    / best(system="myelin", mode="outside"),
+                    / best(system="myelin", mode="outside", private=False),
                     "time of the same kernels, cell over outside": kernels,
                 },
             )

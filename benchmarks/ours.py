@@ -47,7 +47,7 @@ def main() -> None:
                 "model": case.name,
                 "batch": case.batch,
                 "system": "myelin",
-                "mode": mode,
+                "mode": mode.removesuffix("-private"),
                 "precision": "float32",
                 "private": mode != "outside",
                 "median_ms": 1e3 * median,
