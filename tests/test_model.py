@@ -317,3 +317,34 @@ def test_an_unknown_onnx_operator_is_refused_by_its_node(tmp_path):
     torch.onnx.export(net.eval(), torch.randn(4, 6), path, opset_version=17, dynamo=False)
     with pytest.raises(UnsupportedLayer, match=r"layer /1/LeakyRelu is refused: the ONNX operator"):
         load(path, np.zeros((4, 6), np.float32))
+
+
+def test_what_is_no_onnx_file_is_refused(tmp_path):
+    pytest.importorskip("onnx")
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"no model at all")
+    with pytest.raises(ModelRefused, match=r"net.onnx is no ONNX file"):
+        load(path, np.zeros((4, 6), np.float32))
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's exporter without onnxscript is the old one
+def test_an_example_of_another_shape_than_the_graph_s_is_refused(tmp_path):
+    path = tmp_path / "net.onnx"
+    torch.onnx.export(torch.nn.Linear(6, 3).eval(), torch.randn(4, 6), path, dynamo=False)
+    with pytest.raises(ModelRefused, match=r"takes inputs of shape \[6\] .* the example has \[7\]"):
+        load(path, np.zeros((4, 7), np.float32))
+
+
+class Branching(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.linear(x) if x.sum() > 0 else -self.linear(x)
+
+
+@pytest.mark.parametrize("net", [Branching(), torch.nn.Linear(7, 3)], ids=["branch", "shape"])
+def test_what_torch_cannot_trace_is_refused(net):
+    with pytest.raises(ModelRefused, match=r"torch.export cannot trace the module"):
+        load(net, np.ones((4, 6), np.float32))

@@ -569,6 +569,7 @@ def fetch(
     values = unpack(image.description["parameters"], np.frombuffer(plaintext, np.float32))
     simulated = rules.simulator_root is not None
     notes = {"job": job.digest.hex(), "tee": "simulated" if simulated else "sgx"}
+    out.parent.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(values, out, metadata=notes)
     _answer({"weights": str(out), "parameters": sorted(values), "simulated": simulated}, as_json)
 

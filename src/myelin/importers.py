@@ -65,7 +65,13 @@ def from_torch(module: Any, example: Any) -> Model:
     _check_parameters(module)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        traced = torch.export.export(module, (torch.cat([one] * _BATCH),))
+        try:
+            traced = torch.export.export(module, (torch.cat([one] * _BATCH),))
+        except Exception as error:  # shapes that do not fit, branches on data, anything in forward
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelRefused(
+                f"torch.export cannot trace the module on this example: {reason}"
+            ) from error
         _check_operators(traced)
         imported = from_exported_program(
             traced, keep_params_as_input=True, run_ep_decomposition=False
@@ -90,14 +96,26 @@ def from_onnx(path: Path, example: Any = None) -> Model:
     from tvm.relax.frontend import detach_params
     from tvm.relax.frontend import onnx as frontend
 
-    proto = onnx.load(path)
+    try:
+        proto = onnx.load(path)
+    except OSError:
+        raise
+    except Exception as error:  # the parser raises what its own library has
+        raise ModelRefused(f"{path} is no ONNX file: {error}") from error
     initializers = {tensor.name for tensor in proto.graph.initializer}
     inputs = [value for value in proto.graph.input if value.name not in initializers]
     if len(inputs) != 1:
         raise ModelRefused(f"{path} has {len(inputs)} inputs: a model has one")
     dimensions = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim]
     if example is not None:
-        dimensions = [0, *np.shape(example)[1:]]
+        given = list(np.shape(example)[1:])
+        if len(given) != len(dimensions) - 1 or any(
+            fixed not in (0, size) for fixed, size in zip(dimensions[1:], given, strict=True)
+        ):
+            raise ModelRefused(
+                f"{path} takes inputs of shape {dimensions[1:]} (0: any), the example has {given}"
+            )
+        dimensions = [0, *given]
     if not dimensions or min(dimensions[1:], default=0) < 1:
         raise ModelRefused(f"{path} leaves the shape of its input open: give an example")
     for node in proto.graph.node:
