@@ -25,7 +25,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import click
 import numpy as np
 import typer
 from rich.console import Console
@@ -57,14 +56,13 @@ def main() -> NoReturn:
         "ignore"
     )  # Words of the libraries below are not for this command's users.
     try:
-        code = app(standalone_mode=False)
+        app()
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            _end("interrupted; nothing more was released", 1)
+        raise
     except MyelinError as error:
         _end(str(error), error.exit_code)
-    except click.exceptions.Abort:
-        _end("interrupted; nothing more was released", 1)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         _end("interrupted; nothing more was released", 1)
     except ModuleNotFoundError as error:
@@ -77,8 +75,11 @@ def main() -> NoReturn:
         _end(f"{where}{error.strerror or error}; check the path and your rights to it", 1)
     except MemoryError:
         _end("memory ran out; use smaller capacities or batches", 1)
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(0)
 
+
+_INTERRUPTED = 130
+"""What the command line library exits with after Ctrl-C."""
 
 _EXTRAS = {
     "tvm": "compile",
