@@ -348,3 +348,28 @@ class Branching(torch.nn.Module):
 def test_what_torch_cannot_trace_is_refused(net):
     with pytest.raises(ModelRefused, match=r"torch.export cannot trace the module"):
         load(net, np.ones((4, 6), np.float32))
+
+
+@pytest.mark.parametrize("value", [0.5, None], ids=["constant", "varied"])
+def test_a_linear_weight_that_an_onnx_file_shares_is_refused(tmp_path, value):
+    onnx = pytest.importorskip("onnx")
+    weight = np.arange(16, dtype=np.float32).reshape(4, 4)
+    if value is not None:
+        weight[:] = value
+    node, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [
+            node("MatMul", ["x", "w"], ["a"]),
+            node("Relu", ["a"], ["b"]),
+            node("MatMul", ["b", "w"], ["y"]),
+        ],
+        "shared",
+        [info("x", onnx.TensorProto.FLOAT, [None, 4])],
+        [info("y", onnx.TensorProto.FLOAT, [None, 4])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    path = tmp_path / "net.onnx"
+    opset = onnx.helper.make_opsetid("", 17)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8), path)
+    with pytest.raises(UnsupportedLayer, match="its parameter w is used more than once"):
+        load(path, np.ones((2, 4), np.float32))

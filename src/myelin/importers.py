@@ -143,26 +143,43 @@ def from_onnx(path: Path, example: Any = None) -> Model:
 
 
 def _unshare(graph: Any) -> None:
-    """Give each use of a constant initializer one of its own.
+    """Give each use of a constant scale, shift or bias an initializer of its own.
 
     Exporters merge initializers of equal content, such as the scales of two norms before training.
-    Weights that really are shared have varied values and stay refused.
+    A weight of a linear or convolutional layer is never parted, constant or not: a file cannot say
+    whether its sharing was meant, and parting it would train another model. It stays refused.
     """
     import onnx
 
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    uses: dict[str, int] = {}
+    origin = {name: name for name in tensors}  # through Identity, which PyTorch's exporter puts in
+    uses: dict[str, list[tuple[Any, int]]] = {}
     for node in graph.node:
+        if node.op_type == "Identity" and node.input[0] in origin:
+            origin[node.output[0]] = origin[node.input[0]]
+            continue
         for place, name in enumerate(node.input):
-            if name not in tensors:
-                continue
-            uses[name] = uses.get(name, 0) + 1
-            value = onnx.numpy_helper.to_array(tensors[name])
-            constant = value.size > 1 and value.dtype == np.float32 and np.ptp(value) == 0
-            if uses[name] > 1 and constant:
-                own = onnx.numpy_helper.from_array(value, f"{name}.{uses[name]}")
+            if name in origin:
+                uses.setdefault(origin[name], []).append((node, place))
+    for name, found in uses.items():
+        value = onnx.numpy_helper.to_array(tensors[name])
+        row = value.ndim > 0 and value.size > 0 and value.dtype == np.float32
+        constant = row and np.ptp(value) == 0
+        if constant and all(place in _ONNX_PARTED.get(node.op_type, ()) for node, place in found):
+            for use, (node, place) in enumerate(found[1:], 2):
+                own = onnx.numpy_helper.from_array(value, f"{name}.{use}")
                 graph.initializer.append(own)
                 node.input[place] = own.name
+
+
+_ONNX_PARTED = {
+    "LayerNormalization": (1, 2),
+    "GroupNormalization": (1, 2),
+    "InstanceNormalization": (1, 2),
+    **dict.fromkeys(("Conv", "Gemm"), (2,)),
+    **dict.fromkeys(("Mul", "Add"), (0, 1)),  # norms as patterns of primitive operators
+}
+"""Inputs of ONNX operators that are scales, shifts or biases."""
 
 
 def from_relax(module: Any) -> Model:
@@ -251,7 +268,15 @@ _ONNX_OPERATORS = frozenset(
         *("Conv", "Gemm", "MatMul", "Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Reciprocal"),
         *("Relu", "Tanh", "Sigmoid", "Gelu", "Softmax", "MaxPool", "AveragePool", "Concat"),
         *("GlobalAveragePool", "ReduceMean", "LayerNormalization", "GroupNormalization"),
-        *("InstanceNormalization", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"),
+        *(
+            "Sum",
+            "InstanceNormalization",
+            "Flatten",
+            "Reshape",
+            "Transpose",
+            "Squeeze",
+            "Unsqueeze",
+        ),
         # What exporters compute shapes and constants with; TVM folds it away.
         *("Constant", "ConstantOfShape", "Identity", "Shape", "Gather", "Slice", "Cast", "Expand"),
     )
