@@ -32,8 +32,7 @@ that the shape fixes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -42,8 +41,17 @@ from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
 from myelin.kernels.gram import gram_cost, gram_kappa, gram_norm
-from myelin.kernels.tiles import Segment, Tile, channel_groups, grid, segments, steps, widen
-from myelin.kernels.tir import Kernel, gamma, load, local, select, serial, splat, store, vectors
+from myelin.kernels.tiles import (
+    MOST_SQUARES,
+    Segment,
+    SquaredNorm,
+    Tile,
+    channel_groups,
+    grid,
+    segments,
+    steps,
+)
+from myelin.kernels.tir import Kernel, gamma, load, select, serial, splat, store, vectors
 from myelin.kernels.window import Conv
 
 __all__ = [
@@ -60,8 +68,6 @@ __all__ = [
     "weighted_gradient",
     "weighted_gradient_additions",
 ]
-
-_TINY = 2.0**-126  # the smallest normal float32: what flushing to zero can take from one term
 
 
 def choose(conv: Conv) -> Literal["stored", "gram"]:
@@ -80,11 +86,11 @@ def choose(conv: Conv) -> Literal["stored", "gram"]:
 def stored_norm_inflation(conv: Conv) -> float:
     """Bound of ‖g‖² / s - 1 for the stored gradients of any layer, `stored_bias` included.
 
-    At most `_rows` squares, one a row of a tile, are added in float32; all else is float64, whose
-    errors one unit covers, and rounded to float32 once.
+    At most `MOST_SQUARES` squares, a column of a tile or nine taps, are added in float32; all else
+    is float64, whose errors one unit covers, and rounded to float32 once.
     """
     del conv  # the same for all
-    return gamma(_MOST_ROWS + 2)
+    return gamma(MOST_SQUARES + 2)
 
 
 def weighted_gradient_additions(conv: Conv) -> int:
@@ -202,7 +208,7 @@ def stored_gradient(cpu: Cpu, conv: Conv) -> Any:
     with Kernel(xp=_padded(conv), d=_output(conv), **results) as kernel:
         xp, d, g, s = kernel.buffers
         with T.parallel(conv.n) as i:
-            norm = _SquaredNorm()
+            norm = SquaredNorm()
             for co, widths in _channels(cpu, conv.co):
                 kws, cis = _tap_segments(cpu, conv, len(widths))
                 with norm.part(widths) as add, serial(conv.kh) as kh:
@@ -212,7 +218,8 @@ def stored_gradient(cpu: Cpu, conv: Conv) -> Any:
                             v, c = taps[row]
                             at = _flat(conv, kh, kw + v, ci + c, co + offset)
                             store(g, tile.get(row, vector), i, at)
-                        add(tile)
+                        for vector, column in tile.columns():
+                            add(vector, column)
             norm.store(s, i, conv.weights)
     return kernel.function
 
@@ -222,7 +229,7 @@ def stored_bias(cpu: Cpu, n: int, pixels: int, co: int) -> Any:
     with Kernel(d=(n, pixels, co), g=(n, co), s=(n,)) as kernel:
         d, g, s = kernel.buffers
         with T.parallel(n) as i:
-            norm = _SquaredNorm()
+            norm = SquaredNorm()
             for channel, widths in _channels(cpu, co):
                 with norm.part(widths) as add:
                     tile = Tile(1, widths)
@@ -231,7 +238,8 @@ def stored_bias(cpu: Cpu, n: int, pixels: int, co: int) -> Any:
                             tile.add(row, vector, load(d, i, p, channel + offset, lanes=lanes))
                     for row, vector, offset, _ in tile.cells():
                         store(g, tile.get(row, vector), i, channel + offset)
-                    add(tile)
+                    for vector, column in tile.columns():
+                        add(vector, column)
             norm.store(s, i, co)
     return kernel.function
 
@@ -421,12 +429,10 @@ class _Phase:
 
 # Weight gradients
 
-_MOST_ROWS = 16
-
 
 def _rows(cpu: Cpu, count: int) -> int:
     """Rows of a tile of `count` vectors a row."""
-    return (_MOST_ROWS if cpu.lanes == 16 else 8) // count
+    return (MOST_SQUARES if cpu.lanes == 16 else 8) // count
 
 
 def _tap_segments(cpu: Cpu, conv: Conv, count: int) -> tuple[list[Segment], list[Segment]]:
@@ -511,32 +517,3 @@ def _correlate(
             [load(d, i, h, v, co + offset, lanes=lanes) for offset, lanes in tile.vectors()],
         )
     return tile
-
-
-class _SquaredNorm:
-    """Σ v² over tiles: float32 within a lane of one tile, float64 from there."""
-
-    def __init__(self) -> None:
-        self._total = local(1, dtype="float64")
-        store(self._total, T.FloatImm("float64", 0.0), 0)
-
-    @contextmanager
-    def part(self, widths: Sequence[int]) -> Iterator[Callable[[Tile], None]]:
-        """Gives a function that adds the squares of a tile of these widths."""
-        squares = Tile(1, widths, "float64")
-
-        def add(tile: Tile) -> None:
-            for vector, lanes in enumerate(tile.widths):
-                column = [tile.get(row, vector) for row in range(tile.rows)]
-                value = column[0] * column[0]
-                for cell in column[1:]:
-                    value = value + cell * cell
-                squares.add(0, vector, widen(value, lanes))
-
-        yield add
-        store(self._total, load(self._total, 0) + squares.sum(), 0)
-
-    def store(self, s: Any, i: Any, count: int) -> None:
-        """s[i] = the sum, with the most that `count` squares lose when they are flushed to zero."""
-        flushed = T.FloatImm("float64", count * _TINY)
-        store(s, T.Cast("float32", load(self._total, 0) + flushed), i)

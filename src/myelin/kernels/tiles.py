@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,8 @@ def grid(*extents: int) -> Iterator[tuple[Any, ...]]:
 
 def steps(*extents: int, unroll: int = 4) -> Iterator[tuple[Any, ...]]:
     """As `grid`, with the last axis longer than 1 unrolled."""
+    if 0 in extents:
+        return
     axis = max((a for a, extent in enumerate(extents) if extent > 1), default=0)
     for segment in segments(extents[axis], unroll):
         for *outer, block in grid(*extents[:axis], segment.count):
@@ -100,6 +103,11 @@ class Tile:
             for v, width in enumerate(self.widths):
                 self.add(r, v, splat(value, width) * operands[v])
 
+    def columns(self) -> Iterator[tuple[int, list[Any]]]:
+        """(number, accumulators of all rows) of every vector."""
+        for vector in range(len(self.widths)):
+            yield vector, [self.get(row, vector) for row in range(self.rows)]
+
     def sum(self) -> Any:
         """The sum of all lanes of all accumulators, one after the other."""
         terms = [
@@ -111,6 +119,42 @@ class Tile:
         for term in terms[1:]:
             total = total + term
         return T.bind(total)
+
+
+MOST_SQUARES = 16
+
+
+class SquaredNorm:
+    """Σ v²: at most `MOST_SQUARES` at once in float32, lane by lane, and float64 from there."""
+
+    def __init__(self) -> None:
+        """Begins at zero."""
+        self._total = local(1, dtype="float64")
+        store(self._total, T.FloatImm("float64", 0.0), 0)
+
+    @contextmanager
+    def part(self, widths: Sequence[int]) -> Iterator[Callable[[int, Sequence[Any]], None]]:
+        """Gives add(vector, values): the squares of values that are as wide as this vector."""
+        squares = Tile(1, widths, "float64")
+
+        def add(vector: int, values: Sequence[Any]) -> None:
+            if len(values) > MOST_SQUARES:
+                raise ValueError(f"{len(values)} squares at once, the bound is for {MOST_SQUARES}")
+            value = values[0] * values[0]
+            for other in values[1:]:
+                value = value + other * other
+            squares.add(0, vector, widen(value, squares.widths[vector]))
+
+        yield add
+        store(self._total, load(self._total, 0) + squares.sum(), 0)
+
+    def store(self, s: Any, i: Any, count: int) -> None:
+        """s[i] = the sum, with the most that `count` squares lose when they are flushed to zero."""
+        flushed = T.FloatImm("float64", count * _TINY)
+        store(s, T.Cast("float32", load(self._total, 0) + flushed), i)
+
+
+_TINY = 2.0**-126  # the smallest normal float32: what flushing to zero can take from one term
 
 
 def widen(value: Any, lanes: int) -> Any:
