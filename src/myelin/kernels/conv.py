@@ -5,18 +5,19 @@ How a plan uses these templates (all arguments float32, outputs last):
 - `pad(cpu, conv)`: x[n,h,w,ci] → xp[n,hp,wp,ci], x within its zero border. Every template below
   that reads activations reads **xp**, so that one copy serves forward and gradients. Where
   `conv.padding` is all zero, xp is x itself: pass x and leave `pad` out.
-- A parameter named **scratch** stands directly before the outputs of `backward_data`,
-  `gram_norm` and `weighted_gradient`: a float32 vector that the kernel overwrites, whatever it
-  holds. Its length is the parameter's shape.
+- Parameters between the inputs and the outputs named here are **scratch**: float32 arrays that the
+  kernel overwrites, whatever they hold. How many there are and their sizes depend on the layer.
 
-    forward(cpu, conv, bias=…)       xp, w[kh,kw,ci,co], (b[co]) → y[n,oh,ow,co]
+    forward(cpu, conv, bias=…)       xp, w[kh,kw,ci,co], (b[co]), scratch → y[n,oh,ow,co]
     backward_data(cpu, conv)         d[n,oh,ow,co], w, scratch → dx[n,h,w,ci]
-    stored_gradient(cpu, conv)       xp, d → g[n,kh*kw*ci*co], s[n]
+    stored_gradient(cpu, conv)       xp, d, scratch → g[n,kh*kw*ci*co], s[n]
     stored_bias(cpu, n, pixels, co)  d[n,pixels,co] → g[n,co], s[n]
     gram_norm(cpu, conv)             xp, d, scratch → s[n], t[n]
     weighted_gradient(cpu, conv)     xp, d, c[n], scratch → g[kh,kw,ci,co]
 
-`choose(conv)` says which way a layer's clipped gradient is best taken.
+`choose(conv)` says which way a layer's clipped gradient is best taken. Layers of 3 × 3 at stride 1
+go to `myelin.kernels.winograd` where that is faster, in all but `gram_norm` and
+`weighted_gradient`: `gram_kappa` bounds the rounding of direct products only.
 
 Bounds, u = 2⁻²⁴ and γ_k = k·u / (1 − k·u) (Higham, Accuracy and Stability, §3.1). g_i is the
 gradient that example i really adds, as computed in float32:
@@ -40,6 +41,7 @@ from typing import Any, Literal
 from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
+from myelin.kernels import winograd
 from myelin.kernels.gram import gram_cost, gram_kappa, gram_norm
 from myelin.kernels.tiles import (
     MOST_SQUARES,
@@ -120,7 +122,9 @@ def pad(cpu: Cpu, conv: Conv) -> Any:
 
 
 def forward(cpu: Cpu, conv: Conv, *, bias: bool) -> Any:
-    """xp[n,hp,wp,ci], w[kh,kw,ci,co], (b[co]) → y[n,oh,ow,co]."""
+    """xp[n,hp,wp,ci], w[kh,kw,ci,co], (b[co]), scratch → y[n,oh,ow,co]."""
+    if winograd.suits(cpu, conv):
+        return winograd.forward(cpu, conv, bias=bias)
     sh, sw = conv.stride
     shapes = {"xp": _padded(conv), "w": _weight(conv), **({"b": (conv.co,)} if bias else {})}
     with Kernel(**shapes, y=_output(conv)) as kernel:
@@ -150,6 +154,8 @@ def backward_data(cpu: Cpu, conv: Conv) -> Any:
     each such phase, dx is a dense convolution of d within a zero border. Scratch holds that
     bordered d, then the weights turned around and with their channels swapped, [kh,kw,co,ci].
     """
+    if winograd.suits(cpu, conv):
+        return winograd.backward_data(cpu, conv)
     rows, columns = _axes(conv)
     bordered = conv.n * rows.length * columns.length * conv.co
 
@@ -200,10 +206,12 @@ def backward_data(cpu: Cpu, conv: Conv) -> Any:
 
 
 def stored_gradient(cpu: Cpu, conv: Conv) -> Any:
-    """xp[n,hp,wp,ci], d[n,oh,ow,co] → g[n,kh*kw*ci*co], s[n].
+    """xp[n,hp,wp,ci], d[n,oh,ow,co], scratch → g[n,kh*kw*ci*co], s[n].
 
     g_i is the gradient of example i, laid out as the weight; s_i = ‖g_i‖² of these very numbers.
     """
+    if winograd.suits_gradient(cpu, conv):
+        return winograd.stored_gradient(cpu, conv)
     results = {"g": (conv.n, conv.weights), "s": (conv.n,)}
     with Kernel(xp=_padded(conv), d=_output(conv), **results) as kernel:
         xp, d, g, s = kernel.buffers

@@ -50,9 +50,12 @@ def suits(cpu: Cpu, conv: Conv) -> bool:
 
 
 def suits_gradient(cpu: Cpu, conv: Conv) -> bool:
-    """Whether weight gradients are found faster this way: not for a single tile, nor large ones."""
+    """Whether weight gradients are found faster this way: not of few tiles, nor of large images.
+
+    With 4 tiles the way back from the domain of points costs as much as is saved.
+    """
     tiles = _count(conv.oh) * _count(conv.ow)
-    return suits(cpu, conv) and tiles >= 4 and _POINTS * tiles * (conv.ci + conv.co) <= _LARGEST
+    return suits(cpu, conv) and tiles >= 9 and _POINTS * tiles * (conv.ci + conv.co) <= _LARGEST
 
 
 # Kernels
