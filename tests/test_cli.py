@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -86,29 +87,31 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
         # One rebuilds the image; the others have the measurement from somebody they trust.
         how = ("--rebuild",) if name == "registry" else ("--measurement", measurement)
         myelin("approve", exchange, "--key", root / name / f"{name}.key", *how, *pins)
-    host = subprocess.Popen(
-        [MYELIN, "run", str(exchange), "--simulator", str(world), "--wait", "120", "--json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        policy = root / "policy.toml"
-        policy.write_text(f'type = "myelin/policy/1"\ndanger_simulator_root = "{world}/root.pem"\n')
-        granted = {}
-        for name, slot in SENDERS.items():
-            granted[name] = myelin(
-                *("grant", exchange, "--key", root / name / f"{name}.key", "--slot", slot),
-                *("--sealed", root / name / "data.sealed", "--policy", policy, "--wait", 60),
+    command = [MYELIN, "run", str(exchange), "--simulator", str(world), "--wait", "120", "--json"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as host:
+        # The senders' policy names the root that the host makes when it starts.
+        while host.poll() is None and not (world / "root.pem").exists():
+            time.sleep(0.05)
+        try:
+            policy = root / "policy.toml"
+            policy.write_text(
+                f'type = "myelin/policy/1"\ndanger_simulator_root = "{world}/root.pem"\n'
             )
-        stdout, stderr = host.communicate(timeout=120)
-        assert host.returncode == 0, stderr
-        assert "simulated" in stderr
-        assert json.loads(stdout)["simulated"] is True
-        yield Town(root=root, exchange=exchange, policy=policy, granted=granted)
-    finally:
-        host.kill()
-        host.wait()
+            granted = {}
+            for name, slot in SENDERS.items():
+                granted[name] = myelin(
+                    *("grant", exchange, "--key", root / name / f"{name}.key", "--slot", slot),
+                    *("--sealed", root / name / "data.sealed", "--policy", policy, "--wait", 60),
+                )
+            stdout, stderr = host.communicate(timeout=120)
+            assert host.returncode == 0, stderr
+            assert "simulated" in stderr
+            assert json.loads(stdout)["simulated"] is True
+            yield Town(root=root, exchange=exchange, policy=policy, granted=granted)
+        finally:
+            host.kill()
 
 
 def verified(town: Town, *arguments: object, code: int = 0) -> dict[str, object]:

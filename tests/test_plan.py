@@ -1,6 +1,7 @@
 """Whole programs, run outside any enclave, against PyTorch on micro-batches of one."""
 
 import math
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -419,7 +420,7 @@ def test_data_of_another_size_is_refused(mixed):
         mixed.outside.predict(np.zeros(3, np.float32), mixed.model.parameters)
 
 
-def _pyramid(widths, activation, dense, theirs):
+def _pyramid(widths, dense, activation, theirs):
     """Pairs of 3 × 3 convolutions and a pooling, then linear layers; ours, or PyTorch's."""
     lib = T if theirs else nn
     layers, last = [], 3
@@ -434,7 +435,7 @@ def _pyramid(widths, activation, dense, theirs):
     return lib.Sequential(*layers)
 
 
-def _resnet32(theirs):
+def _resnet32(activation, theirs):
     """Three stages of five blocks, group norm, 1 × 1 shortcuts."""
     lib, residual = (T, Residual) if theirs else (nn, nn.Residual)
 
@@ -445,21 +446,25 @@ def _resnet32(theirs):
             lib.GroupNorm(8, outputs),
         ]
 
-    layers, last = [*conv(3, 16, 3), lib.ReLU()], 16
+    layers, last = [*conv(3, 16, 3), getattr(lib, activation)()], 16
     for width, stride in ((16, 1), (32, 2), (64, 2)):
         for i in range(5):
             first = stride if i == 0 else 1
-            body = [*conv(last, width, 3, first), lib.ReLU(), *conv(width, width, 3)]
+            body = [
+                *conv(last, width, 3, first),
+                getattr(lib, activation)(),
+                *conv(width, width, 3),
+            ]
             way = lib.Sequential(*conv(last, width, 1, first)) if first > 1 else None
-            layers += [residual(*body, shortcut=way), lib.ReLU()]
+            layers += [residual(*body, shortcut=way), getattr(lib, activation)()]
             last = width
     ends = [T.AdaptiveAvgPool2d(1)] if theirs else [nn.GlobalAvgPool2d()]
     return lib.Sequential(*layers, *ends, lib.Flatten(), lib.Linear(64, 10))
 
 
 FULL = {
-    "cifar_cnn": lambda theirs: _pyramid((32, 64, 128), "Tanh", (2048, 128, 10), theirs),
-    "vgg9": lambda theirs: _pyramid((64, 128, 256), "ReLU", (4096, 256, 256, 10), theirs),
+    "cifar_cnn": partial(_pyramid, (32, 64, 128), (2048, 128, 10)),
+    "vgg9": partial(_pyramid, (64, 128, 256), (4096, 256, 256, 10)),
     "resnet32": _resnet32,
 }
 
@@ -468,7 +473,8 @@ FULL = {
 @pytest.mark.parametrize("budget", ["all stored", "none stored"])
 @pytest.mark.parametrize("name", FULL)
 def test_the_large_models_match_micro_batches_of_one(name, budget):
-    ours, theirs = FULL[name](False), FULL[name](True)
+    # Smooth: of a million ReLUs some stand so near zero that rounding decides on their side.
+    ours, theirs = FULL[name]("SiLU", False), FULL[name]("SiLU", True)
     stored_bytes = 1 << 40 if budget == "all stored" else 0
     run = compiled(ours, (3, 32, 32), batch=3, stored_bytes=stored_bytes)
     close(gradient(run, bound=1e3), oracle(theirs, run, bound=1e3))
@@ -487,7 +493,7 @@ def test_the_large_models_match_micro_batches_of_one(name, budget):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_privacy_takes_a_third_more_memory_than_none_beyond_its_budget(name):
-    model, cpu, budget = load(FULL[name](False), (3, 32, 32)), Cpu.native(), 64 << 20
+    model, cpu, budget = load(FULL[name]("ReLU", False), (3, 32, 32)), Cpu.native(), 64 << 20
     arenas = [
         compile_training(
             model,

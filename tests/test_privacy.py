@@ -114,7 +114,7 @@ def test_for_epsilon_refuses_the_impossible() -> None:
         "records": 100,
     }
     for target in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(PrivacyRefused, match="not a positive number"):
+        with pytest.raises(PrivacyRefused, match="must be a positive number"):
             Privacy.for_epsilon(target, delta=1e-5, **fields)
     with pytest.raises(PrivacyRefused, match="no noise reaches"):
         Privacy.for_epsilon(1e-6, delta=1e-12, **fields)
