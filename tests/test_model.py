@@ -335,6 +335,72 @@ def test_an_example_of_another_shape_than_the_graph_s_is_refused(tmp_path):
         load(path, np.zeros((4, 7), np.float32))
 
 
+class Block(torch.nn.Module):
+    """Two group norms of equal size, a residual and a mean over the picture."""
+
+    def __init__(self):
+        super().__init__()
+        t = torch.nn
+        self.first, self.second = t.Conv2d(3, 8, 3, padding=1), t.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.other, self.last = t.GroupNorm(2, 8), t.GroupNorm(2, 8), t.Linear(8, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.first(x)))
+        x = x + torch.nn.functional.silu(self.other(self.second(x)))
+        return self.last(torch.nn.functional.gelu(x).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore")  # onnxscript's own
+@pytest.mark.parametrize("batch", ["free", 1, 4])
+def test_files_of_pytorch_s_default_exporter_predict_what_onnx_runtime_does(tmp_path, batch):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    net = Block().eval()
+    with torch.no_grad():
+        net.other.weight.uniform_(0.5, 2)
+    path, x = tmp_path / "net.onnx", torch.randn(4 if batch == "free" else batch, 3, 6, 6)
+    shapes = ({0: "batch"},) if batch == "free" else None
+    torch.onnx.export(net, (x,), path, dynamo=True, verbose=False, dynamic_shapes=shapes)
+    model = load(path, x.numpy())
+    assert sum(value.size for value in model.parameters.values()) == sum(
+        value.numel() for value in net.parameters()
+    )
+    session = runtime.InferenceSession(path)
+    (expected,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(predictions(model, x.numpy()), expected, rtol=1e-5, atol=1e-6)
+
+
+def small_onnx(path, nodes, initializers, size=4):
+    """Writes a file that maps x to y, both of `size` numbers."""
+    onnx = pytest.importorskip("onnx")
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(op, ins, outs, **given) for op, ins, outs, given in nodes],
+        "graph",
+        [info("x", onnx.TensorProto.FLOAT, [None, size])],
+        [info("y", onnx.TensorProto.FLOAT, [None, size])],
+        [onnx.numpy_helper.from_array(v, name) for name, v in initializers.items()],
+    )
+    opset = onnx.helper.make_opsetid("", 17)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8), path)
+
+
+def test_a_bias_parted_from_another_takes_a_name_that_is_free(tmp_path):
+    weights = {name: np.eye(4, dtype=np.float32) * k for k, name in enumerate("uvw", 1)}
+    bias = np.zeros(4, np.float32)
+    nodes = [
+        ("Gemm", ["x", "u", "b"], ["p"], {}),
+        ("Gemm", ["p", "v", "b"], ["q"], {}),
+        ("Gemm", ["q", "w", "b.2"], ["y"], {}),
+    ]
+    path = tmp_path / "net.onnx"
+    small_onnx(path, nodes, {**weights, "b": bias, "b.2": bias + 1})
+    x = np.ones((2, 4), np.float32)
+    model = load(path, x)
+    assert sorted(model.parameters) == ["b", "b.2", "b.2_", "u", "v", "w"]
+    np.testing.assert_allclose(predictions(model, x), np.full((2, 4), 7.0), rtol=1e-6)
+
+
 class Branching(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -7,9 +7,10 @@ be part of one waits as an open expression until its pattern closes, and what is
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,16 @@ def from_torch(module: Any, example: Any) -> Model:
     _check_parameters(module)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        disabled = logging.root.manager.disable
+        logging.disable(logging.ERROR)  # torch.export logs whole tracebacks beside what it raises
         try:
             traced = torch.export.export(module, (torch.cat([one] * _BATCH),))
         except Exception as error:  # shapes that do not fit, branches on data, anything in forward
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelRefused(
-                f"torch.export cannot trace the module on this example: {reason}"
+                f"torch.export cannot trace the module on this example: {_first_line(error)}"
             ) from error
+        finally:
+            logging.disable(disabled)
         _check_operators(traced)
         imported = from_exported_program(
             traced, keep_params_as_input=True, run_ep_decomposition=False
@@ -101,12 +105,13 @@ def from_onnx(path: Path, example: Any = None) -> Model:
     except OSError:
         raise
     except Exception as error:  # the parser raises what its own library has
-        raise ModelRefused(f"{path} is no ONNX file: {error}") from error
+        raise ModelRefused(f"{path} is no ONNX file: {_first_line(error)}") from error
     initializers = {tensor.name for tensor in proto.graph.initializer}
     inputs = [value for value in proto.graph.input if value.name not in initializers]
     if len(inputs) != 1:
         raise ModelRefused(f"{path} has {len(inputs)} inputs: a model has one")
     dimensions = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim]
+    batch = dimensions[0] or _BATCH if dimensions else _BATCH  # a file may have folded it in
     if example is not None:
         given = list(np.shape(example)[1:])
         if len(given) != len(dimensions) - 1 or any(
@@ -120,18 +125,21 @@ def from_onnx(path: Path, example: Any = None) -> Model:
         raise ModelRefused(f"{path} leaves the shape of its input open: give an example")
     for node in proto.graph.node:
         _check_onnx(node)
+    _fold_unit_norms(proto.graph)
     _unshare(proto.graph)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             module = frontend.from_onnx(
                 proto,
-                shape_dict={inputs[0].name: [_BATCH, *dimensions[1:]]},
+                shape_dict={inputs[0].name: [batch, *dimensions[1:]]},
                 keep_params_in_input=True,
                 sanitize_input_names=False,
             )
         except Exception as error:
-            raise ModelRefused(f"TVM cannot read {path} for {dimensions[1:]}: {error}") from error
+            raise ModelRefused(
+                f"TVM cannot read {path} for {dimensions[1:]}: {_first_line(error)}"
+            ) from error
     module, detached = detach_params(module)
     function = module["main"]
     values = [tensor.numpy() for tensor in detached["main"]]
@@ -140,6 +148,44 @@ def from_onnx(path: Path, example: Any = None) -> Model:
         for var, value in zip(function.params[1:], values, strict=True)
     }
     return _Reader(function, parameters).model()
+
+
+def _fold_unit_norms(graph: Any) -> None:
+    """Make constants of the ones and zeros by which PyTorch's exporter writes a group norm.
+
+    It reshapes to groups, normalises by an instance norm whose scale and shift are initializers of
+    ones and zeros, reshapes back and applies the real scale. An instance norm that stands alone is
+    left as it is: its scale and shift are parameters.
+    """
+    import onnx
+
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    maker = {name: node for node in graph.node for name in node.output}
+    users: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+
+    def after(node: Any) -> list[str]:
+        return [user.op_type for user in users.get(node.output[0], ())]
+
+    constants: dict[str, Any] = {}
+    for node in graph.node:
+        before = maker.get(node.input[0]) if node.op_type == "InstanceNormalization" else None
+        if before is None or before.op_type != "Reshape" or after(node) != ["Reshape"]:
+            continue
+        if "Mul" not in after(users[node.output[0]][0]):
+            continue
+        for place, unit in ((1, 1), (2, 0)):
+            name = node.input[place]
+            if name in tensors and np.all(tensors[name] == unit):
+                folded = _fresh(f"{name}.constant", {*tensors, *maker})
+                constants[folded] = onnx.helper.make_node(
+                    "Constant", [], [folded], value=onnx.numpy_helper.from_array(tensors[name])
+                )
+                node.input[place] = folded
+    for made in constants.values():
+        graph.node.insert(0, made)
 
 
 def _unshare(graph: Any) -> None:
@@ -152,6 +198,7 @@ def _unshare(graph: Any) -> None:
     import onnx
 
     tensors = {tensor.name: tensor for tensor in graph.initializer}
+    taken = {*tensors, *(name for node in graph.node for name in (*node.input, *node.output))}
     origin = {name: name for name in tensors}  # through Identity, which PyTorch's exporter puts in
     uses: dict[str, list[tuple[Any, int]]] = {}
     for node in graph.node:
@@ -167,7 +214,8 @@ def _unshare(graph: Any) -> None:
         constant = row and np.ptp(value) == 0
         if constant and all(place in _ONNX_PARTED.get(node.op_type, ()) for node, place in found):
             for use, (node, place) in enumerate(found[1:], 2):
-                own = onnx.numpy_helper.from_array(value, f"{name}.{use}")
+                own = onnx.numpy_helper.from_array(value, _fresh(f"{name}.{use}", taken))
+                taken.add(own.name)
                 graph.initializer.append(own)
                 node.input[place] = own.name
 
@@ -259,7 +307,7 @@ def _check_onnx(node: Any) -> None:
         raise UnsupportedLayer(
             node.name or node.output[0],
             f"the ONNX operator {node.op_type} is not one that Myelin can train privately",
-            "use the layers that the documentation lists",
+            "replace it by operators of myelin.model.OPERATORS",
         )
 
 
@@ -268,15 +316,7 @@ _ONNX_OPERATORS = frozenset(
         *("Conv", "Gemm", "MatMul", "Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Reciprocal"),
         *("Relu", "Tanh", "Sigmoid", "Gelu", "Softmax", "MaxPool", "AveragePool", "Concat"),
         *("GlobalAveragePool", "ReduceMean", "LayerNormalization", "GroupNormalization"),
-        *(
-            "Sum",
-            "InstanceNormalization",
-            "Flatten",
-            "Reshape",
-            "Transpose",
-            "Squeeze",
-            "Unsqueeze",
-        ),
+        *("InstanceNormalization", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"),
         # What exporters compute shapes and constants with; TVM folds it away.
         *("Constant", "ConstantOfShape", "Identity", "Shape", "Gather", "Slice", "Cast", "Expand"),
     )
@@ -827,6 +867,17 @@ def _unknown(op: str) -> UnsupportedLayer:
 def _all(found: Any, value: float) -> bool:
     """Whether a constant has this value everywhere."""
     return isinstance(found, float | np.ndarray) and bool(np.all(np.asarray(found) == value))
+
+
+def _fresh(name: str, taken: Collection[str]) -> str:
+    """The name, lengthened until it is not among those taken."""
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _decimal(epsilon: float) -> float:
