@@ -76,7 +76,7 @@ def test_bounds_must_match_the_norms(cpu):
         clipping.clip_factors(cpu, 4, 2, inflation=[0.0])
 
 
-@pytest.mark.parametrize(("n", "m"), [(1, 1), (50, 333), (64, 64), (300, 10)])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (50, 333), (64, 64), (300, 10), (9, 17_003)])
 def test_weighted_sum_rounds_once(cpu, call, n, m):
     g, c = normal(n, m), np.abs(normal(n))
     c[::2] = 0

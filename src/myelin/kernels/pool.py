@@ -12,7 +12,7 @@ average, or not at all without `count_padding`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, product
 from typing import Any
@@ -47,15 +47,14 @@ def max_backward(cpu: Cpu, pool: Pool) -> Any:
     """x[n,h,w,c], d[n,oh,ow,c] → dx[n,h,w,c]: each d to the first largest number of its window."""
     with Kernel(x=_input(pool), d=_output(pool), dx=_input(pool)) as kernel:
         x, d, dx = kernel.buffers
-        _clear(cpu, pool, dx)
+        add = _adding(cpu, pool, dx)
         for i, view in _views(pool):
             for c, lanes in vectors(pool.c, cpu.lanes):
                 place = _largest(x, i, view, c, lanes)[1]
                 adjoint = T.bind(load(d, i, view.row, view.column, c, lanes=lanes))
                 for tap, h, w in view.taps():
                     here = load(place, 0, lanes=lanes) == _count(tap, lanes)
-                    part = select(here, adjoint, splat(0.0, lanes))
-                    store(dx, load(dx, i, h, w, c, lanes=lanes) + part, i, h, w, c)
+                    add(select(here, adjoint, splat(0.0, lanes)), lanes, i, h, w, c)
     return kernel.function
 
 
@@ -78,13 +77,13 @@ def average_backward(cpu: Cpu, pool: Pool) -> Any:
     """d[n,oh,ow,c] → dx[n,h,w,c]: each d in equal parts to the numbers of its window."""
     with Kernel(d=_output(pool), dx=_input(pool)) as kernel:
         d, dx = kernel.buffers
-        _clear(cpu, pool, dx)
+        add = _adding(cpu, pool, dx)
         for i, view in _views(pool):
             for c, lanes in vectors(pool.c, cpu.lanes):
                 adjoint = load(d, i, view.row, view.column, c, lanes=lanes)
                 part = T.bind(adjoint / splat(float(view.counted), lanes))
                 for _, h, w in view.taps():
-                    store(dx, load(dx, i, h, w, c, lanes=lanes) + part, i, h, w, c)
+                    add(part, lanes, i, h, w, c)
     return kernel.function
 
 
@@ -165,6 +164,15 @@ def _largest(x: Any, i: Any, view: _View, c: Any, lanes: int) -> tuple[Any, Any]
 def _count(value: Any, lanes: int) -> Any:
     number = T.int32(value) if isinstance(value, int) else value
     return T.Broadcast(number, lanes) if lanes > 1 else number
+
+
+def _adding(cpu: Cpu, pool: Pool, dx: Any) -> Callable[..., None]:
+    """What adds a part to dx; where every number is in one window only, what writes it."""
+    tiled = (pool.oh * pool.kh, pool.ow * pool.kw) == (pool.h, pool.w)
+    if tiled and pool.stride == (pool.kh, pool.kw) and not any(pool.padding):
+        return lambda part, _lanes, *index: store(dx, part, *index)
+    _clear(cpu, pool, dx)
+    return lambda part, lanes, *index: store(dx, load(dx, *index, lanes=lanes) + part, *index)
 
 
 def _clear(cpu: Cpu, pool: Pool, dx: Any) -> None:

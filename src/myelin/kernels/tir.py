@@ -80,9 +80,9 @@ def local(*shape: int, dtype: str = "float32") -> Any:
     return T.alloc_buffer(shape, dtype)
 
 
-def workspace(*shape: int) -> Any:
-    """Makes a float32 buffer that parallel iterations inside its scope share."""
-    return T.alloc_buffer(shape, "float32")
+def workspace(*shape: int, dtype: str = "float32") -> Any:
+    """Makes a buffer that parallel iterations inside its scope share; of any size."""
+    return T.alloc_buffer(shape, dtype)
 
 
 def load(buffer: Any, *index: Any, lanes: int = 1) -> Any:
