@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := src/myelin/native
-LEVELS := x86-64-v3 x86-64-v4
+# The other CPU levels take one of these runtimes (src/myelin/cpu.py).
+RUNTIMES := x86-64-v3 x86-64-v4
 RUST := $(shell find enclave cell -name '*.rs' -o -name '*.toml' -o -name '*.lock' -o -name '*.sh' -o -name '*.ld' -o -name '*.s' 2>/dev/null | grep -v /target/)
 
 .DEFAULT_GOAL := help
@@ -43,7 +44,7 @@ $(NATIVE)/libmyelin_enclave-%.a: $(RUST)
 	cp build/enclave/$*/libmyelin_enclave.a $@
 	cp enclave/image.ld $(NATIVE)/image.ld
 
-setup: $(VENV)/.demo $(NATIVE)/cell $(LEVELS:%=$(NATIVE)/libmyelin_enclave-%.a)
+setup: $(VENV)/.demo $(NATIVE)/cell $(RUNTIMES:%=$(NATIVE)/libmyelin_enclave-%.a)
 
 demo: $(VENV)/.demo $(NATIVE)/cell $(NATIVE)/libmyelin_enclave-x86-64-v3.a
 	@$(BIN)/myelin demo

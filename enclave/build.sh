@@ -1,5 +1,6 @@
 #!/bin/sh
 # Builds the enclave runtime of one CPU level: build.sh LEVEL OUTDIR writes OUTDIR/libmyelin_enclave.a.
+# Levels of one family of processors take the runtime of x86-64-v4 (src/myelin/cpu.py).
 # The bytes depend on nothing but the sources, Cargo.lock, the toolchain and the level: not on folders or the machine.
 set -eu
 level=${1:?"usage: build.sh LEVEL OUTDIR"}

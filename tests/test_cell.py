@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from myelin.cell import MESSAGE_BYTES, Cell, backends
+from myelin.cpu import machine_features
 from myelin.errors import CellDied, EnclaveRefused, UsageError
 from myelin.native import native_file
 
@@ -289,6 +290,17 @@ def test_number_and_argument_confine_an_image(image: Path, call: str) -> None:
 def test_a_missing_cpu_feature(image: Path, backend: str) -> None:
     with pytest.raises(CellDied, match="this CPU lacks nosuch, neither, which the image needs"):
         Cell(image, backend=backend, threads=1, features=["sse2", "nosuch", "neither"])
+
+
+@pytest.mark.parametrize("backend", [b for b, problem in backends().items() if problem is None])
+def test_tile_registers_are_had_before_the_cell_is_locked(image: Path, backend: str) -> None:
+    missing = {"amx_tile"} - machine_features()
+    if missing:
+        with pytest.raises(CellDied, match="this CPU lacks amx_tile, which the image needs"):
+            Cell(image, backend=backend, threads=2, features=["amx_tile"])
+        pytest.skip("this machine has no AMX: only the refusal was tested")
+    with Cell(image, backend=backend, threads=2, features=["amx_tile"]) as cell:
+        assert cell.pid > 0
 
 
 def test_an_unknown_backend(image: Path) -> None:

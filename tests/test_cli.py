@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 
 from myelin import hospitals
+from myelin.cpu import Cpu
 
 MYELIN = str(Path(sys.executable).parent / "myelin")
 MODEL = """
@@ -175,6 +176,16 @@ def test_a_rebuild_of_another_model_says_what_differs(town: Town) -> None:
     )
     assert "version of kernels" in str(answer["stderr"])
     assert "description field parameters" in str(answer["stderr"])
+
+
+def test_native_says_what_it_chose(town: Town) -> None:
+    answer = myelin(
+        *("build", f"{town.root}/model.py:net", *BUILD, "--cpu", "native"),
+        *("--out", town.root / "native"),
+    )
+    assert answer["cpu"] == Cpu.native().level
+    assert answer["native"] == Cpu.native_reasons()
+    assert str(answer["cpu"]) in str(answer["native"])
 
 
 def test_a_changed_receipt_is_invalid(town: Town) -> None:

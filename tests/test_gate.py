@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_image_rules import LEVELS, SOURCES, Image, link
+from test_image_rules import RUNTIMES, SOURCES, Image, link
 
 DONE, REFUSED, DEAD = 0, 2, 0xFF
 TOO_LONG, UNKNOWN = "1 message-too-long", "2 operation-unknown"
@@ -16,7 +16,7 @@ TOO_LONG, UNKNOWN = "1 message-too-long", "2 operation-unknown"
 Try = Callable[..., list[str]]
 
 
-@pytest.fixture(scope="module", params=LEVELS)
+@pytest.fixture(scope="module", params=RUNTIMES)
 def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Image:
     level = request.param
     flags = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""

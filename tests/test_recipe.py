@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from myelin import nn, recipe
+from myelin.cpu import LEVELS, Cpu
 from myelin.errors import ImageInvalid, ImageMismatch, UsageError
 from myelin.image import Image
 from myelin.kernels import object as kernel_object
@@ -130,12 +131,12 @@ def test_another_runtime_is_named(
         recipe.compare(changed, built.image, original=built.image)
 
 
-def test_the_level_is_a_field_of_the_image(built: recipe.Build, tmp_path: Path) -> None:
-    other = make(tmp_path, cpu="x86-64-v4").image
-    assert built.image.description["cpu"]["level"] == "x86-64-v3"
-    assert other.description["cpu"]["level"] == "x86-64-v4"
-    assert "avx512f" in other.description["cpu"]["features"]
-    assert "avx512f" not in built.image.description["cpu"]["features"]
+@pytest.mark.parametrize("cpu", LEVELS, ids=lambda cpu: cpu.level)
+def test_the_same_model_builds_for_every_level(cpu: Cpu, tmp_path: Path) -> None:
+    made = make(tmp_path, cpu=cpu.level)
+    named = made.image.description["cpu"]
+    assert named == {"level": cpu.level, "features": list(cpu.features)}
+    assert recipe.rebuild(made.model_path.read_bytes()).measurement == made.image.measurement
 
 
 @pytest.mark.parametrize(

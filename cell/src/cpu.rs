@@ -30,6 +30,32 @@ pub fn require(features: &[String]) -> Result<(), String> {
     ))
 }
 
+/// The tile registers in `XCR0` and where the system is asked for them: tile data, which needs tile
+/// configuration.
+const TILE_DATA: usize = 18;
+pub const TILES: u64 = 3 << 17;
+
+/// Whether an image with these features may use the tile registers of AMX.
+pub fn has_tiles(features: &[String]) -> bool {
+    features.iter().any(|f| f.starts_with("amx_"))
+}
+
+/// Asks the system to let this process use tile registers, or let its virtual machines. A process
+/// has them off until it asks, and a locked cell cannot ask.
+pub fn permit_tiles(guests: bool) -> Result<(), String> {
+    const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
+    const ARCH_REQ_XCOMP_GUEST_PERM: usize = 0x1025;
+    let request = [ARCH_REQ_XCOMP_PERM, ARCH_REQ_XCOMP_GUEST_PERM][usize::from(guests)];
+    // SAFETY: the call takes two numbers and touches no memory of ours.
+    let result = unsafe { libc::syscall(libc::SYS_arch_prctl, request, TILE_DATA) };
+    sys::check(
+        "asking the system for AMX tile registers, which the image needs (Linux 5.16 or newer, 5.17 \
+         for virtual machines)",
+        result as i32,
+    )
+    .map(drop)
+}
+
 /// Which core each thread is pinned to. Two spinning threads on one core would lose most of their
 /// speed.
 pub enum Placement {
@@ -92,4 +118,42 @@ fn allowed() -> Result<Vec<usize>, String> {
 fn siblings(core: usize) -> String {
     let path = format!("/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list");
     fs::read_to_string(path).unwrap_or_else(|_| core.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine(feature: &str) -> bool {
+        require(&[feature.to_owned()]).is_ok()
+    }
+
+    #[test]
+    fn lacking_features_are_named() {
+        let features = ["fpu", "nosuch", "neither"].map(str::to_owned);
+        let refusal = require(&features).unwrap_err();
+        assert!(
+            refusal.contains("lacks nosuch, neither, which"),
+            "{refusal}"
+        );
+    }
+
+    #[test]
+    fn only_an_image_with_amx_has_tiles() {
+        assert!(has_tiles(&["fma".to_owned(), "amx_tile".to_owned()]));
+        assert!(!has_tiles(&["avx512_bf16".to_owned()]));
+        assert!(!has_tiles(&[]));
+    }
+
+    #[test]
+    fn tiles_are_granted_where_they_are_and_refused_with_a_reason_elsewhere() {
+        match permit_tiles(false) {
+            Ok(()) => assert!(machine("amx_tile"), "granted without AMX"),
+            Err(refusal) => {
+                assert!(!machine("amx_tile"), "AMX is here, but: {refusal}");
+                assert!(refusal.starts_with("asking the system for AMX tile registers"));
+                assert!(refusal.contains("failed: "), "{refusal}");
+            }
+        }
+    }
 }

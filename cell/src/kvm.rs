@@ -3,6 +3,7 @@
 //! image, and so are its virtual ones.
 
 use crate::{
+    cpu,
     elf::{Image, Rights},
     memory::{BASE, HUGE_PAGE, MAILBOX, MAILBOX_BYTES, PAGE},
     serve::Slot,
@@ -31,7 +32,7 @@ const NO_EXECUTE: u64 = 1 << 63;
 const ROOT: usize = PAGE;
 const TABLES_BYTES: usize = 64 << 20;
 
-/// What an image may use of XCR0: x87, SSE, AVX, AVX-512.
+/// What every image may use of XCR0: x87, SSE, AVX, AVX-512.
 const XCR0: u64 = 0xe7;
 
 /// A vCPU stopped at a gate, and the machine that it needs.
@@ -42,8 +43,8 @@ pub struct Vcpu {
     _vm: Arc<VmFd>,
 }
 
-/// Builds the machine around the loaded image.
-pub fn slots(image: &Image, threads: usize) -> Result<Vec<Vcpu>, String> {
+/// Builds the machine around the loaded image, with the tile registers of AMX where it needs them.
+pub fn slots(image: &Image, threads: usize, tiles: bool) -> Result<Vec<Vcpu>, String> {
     let kvm = Kvm::new().map_err(failed("opening /dev/kvm"))?;
     if kvm.get_api_version() != KVM_API_VERSION as i32 {
         return Err(format!(
@@ -90,9 +91,10 @@ pub fn slots(image: &Image, threads: usize) -> Result<Vec<Vcpu>, String> {
             .map_err(failed("giving memory to the machine"))?;
     }
     let vm = Arc::new(vm);
+    let states = if tiles { XCR0 | cpu::TILES } else { XCR0 };
     (0..threads)
         .map(|slot| {
-            let vcpu = vcpu(&kvm, &vm, slot)?;
+            let vcpu = vcpu(&kvm, &vm, slot, states)?;
             Ok(Vcpu {
                 slot,
                 vcpu,
@@ -162,7 +164,7 @@ impl Vcpu {
 }
 
 /// A vCPU in 64-bit mode, ring 3, at the KVM gate of the image.
-fn vcpu(kvm: &Kvm, vm: &VmFd, slot: usize) -> Result<VcpuFd, String> {
+fn vcpu(kvm: &Kvm, vm: &VmFd, slot: usize, wanted: u64) -> Result<VcpuFd, String> {
     let vcpu = vm
         .create_vcpu(slot as u64)
         .map_err(failed("creating a vCPU"))?;
@@ -215,7 +217,13 @@ fn vcpu(kvm: &Kvm, vm: &VmFd, slot: usize) -> Result<VcpuFd, String> {
         nr_xcrs: 1,
         ..Default::default()
     };
-    states.xcrs[0].value = extended.map_or(0x3, |leaf| u64::from(leaf.eax) & XCR0);
+    let found = extended.map_or(0x3, |leaf| u64::from(leaf.eax) & wanted);
+    if (wanted & !found) & cpu::TILES != 0 {
+        return Err(
+            "KVM gives virtual machines no AMX tile registers, which the image needs".into(),
+        );
+    }
+    states.xcrs[0].value = found;
     vcpu.set_xcrs(&states).map_err(failed("KVM_SET_XCRS"))?;
 
     vcpu.set_regs(&kvm_regs {

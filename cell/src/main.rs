@@ -87,6 +87,10 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Option<Options> {
 fn run(options: Options) -> Result<Infallible, String> {
     sys::harden()?;
     cpu::require(&options.required)?;
+    let tiles = cpu::has_tiles(&options.required);
+    if tiles {
+        cpu::permit_tiles(matches!(options.backend, Backend::Kvm))?;
+    }
     let placement = cpu::Placement::choose(options.threads)?;
     let image = elf::Image::read(&options.image)?;
     memory::load(&image)?;
@@ -96,7 +100,7 @@ fn run(options: Options) -> Result<Infallible, String> {
             serve::serve(slots, placement, filter::PROCESS)
         }
         Backend::Kvm => {
-            let slots = kvm::slots(&image, options.threads)?;
+            let slots = kvm::slots(&image, options.threads, tiles)?;
             serve::serve(slots, placement, filter::KVM)
         }
     }

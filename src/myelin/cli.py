@@ -171,7 +171,9 @@ def build_image(
         str, typer.Option(help="float32, float16, or uint8,UNIT,ZERO: u stands for (u-ZERO)/UNIT.")
     ] = "float32",
     batch: Annotated[int, typer.Option(help="Examples of a physical batch.")] = 64,
-    cpu: Annotated[str, typer.Option(help="x86-64-v3, x86-64-v4 or native.")] = "x86-64-v3",
+    cpu: Annotated[
+        str, typer.Option(help="x86-64-v3, x86-64-v4, znver4, sapphirerapids or native.")
+    ] = "x86-64-v3",
     threads: Annotated[int, typer.Option(help="Thread slots.")] = 2,
     stored: Annotated[
         int | None, typer.Option(help="MiB for stored per-example gradients.")
@@ -214,6 +216,7 @@ def build_image(
             "model": str(made.model_path),
             "weights": str(made.weights_path),
             "cpu": level,
+            **({"native": Cpu.native_reasons()} if cpu == "native" else {}),
             "image_bytes": len(made.image.content),
             "digest": made.image.digest.hex(),
             "measurement": made.image.measurement.hex(),

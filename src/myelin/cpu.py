@@ -1,7 +1,10 @@
-"""The two CPU levels an image can be built for.
+"""The CPU levels that an image can be built for.
 
 A level is part of the measured image: kernels and runtime are compiled for it and never ask the CPU
 at run time, so the cell compares `Cpu.features` with the machine before it starts one.
+
+Two levels are generic; the others name a family of processors and have what only that family has.
+Of these only kernels are compiled anew: the runtime is that of the generic level below.
 """
 
 from __future__ import annotations
@@ -22,6 +25,11 @@ _V4 = (
     *("avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"),
     *("sha_ni", "vaes", "vpclmulqdq"),
 )
+_BF16 = (
+    *_V4,
+    *("adx", "avx512_bf16", "avx512_bitalg", "avx512_vbmi2", "avx512_vnni", "avx512_vpopcntdq"),
+    *("avx512ifma", "avx512vbmi", "gfni"),
+)
 
 
 class CpuUnsupported(MyelinError):
@@ -33,16 +41,18 @@ class Cpu:
     """A CPU level.
 
     `level` names it, `features` are all instruction sets that kernels and runtime may use, named as
-    in /proc/cpuinfo, `lanes` is the number of float32 in a vector register.
+    in /proc/cpuinfo, `lanes` is the number of float32 in a vector register. `runtime` is the level
+    whose enclave runtime its images hold.
     """
 
     level: str
     features: tuple[str, ...]
     lanes: int
+    runtime: str
 
     @staticmethod
     def named(level: str) -> Cpu:
-        """Gives the level called "x86-64-v3" or "x86-64-v4"; raises `CpuUnsupported` for others."""
+        """Gives the level called "x86-64-v3", say; raises `CpuUnsupported` for none of `LEVELS`."""
         for cpu in LEVELS:
             if cpu.level == level:
                 return cpu
@@ -61,6 +71,16 @@ class Cpu:
             f"this machine ({platform.machine()}) lacks CPU features of {LEVELS[-1].level}:"
             f" {missing}; use an x86-64 machine of 2015 or later"
         )
+
+    @staticmethod
+    def native_reasons() -> dict[str, str]:
+        """Says of the level that `native` gives, and of each better one, why it is or is not it."""
+        present, native = machine_features(), Cpu.native()
+        reasons = {
+            cpu.level: f"this machine lacks {' '.join(cpu.missing(present))}"
+            for cpu in LEVELS[: LEVELS.index(native)]
+        }
+        return {native.level: "the best that this machine has all features of", **reasons}
 
     def missing(self, present: frozenset[str]) -> tuple[str, ...]:
         """Lists the features of this level that are not among `present`."""
@@ -83,10 +103,19 @@ class Cpu:
         )
 
 
-# Best first.
+# Best first. The families have no order: each lacks something of the other.
 LEVELS = (
-    Cpu(level="x86-64-v4", features=tuple(sorted(_V4)), lanes=16),
-    Cpu(level="x86-64-v3", features=tuple(sorted(_V3)), lanes=8),
+    Cpu(
+        level="sapphirerapids",
+        features=tuple(
+            sorted((*_BF16, "amx_bf16", "amx_int8", "amx_tile", "avx512_fp16", "avx_vnni"))
+        ),
+        lanes=16,
+        runtime="x86-64-v4",
+    ),
+    Cpu(level="znver4", features=tuple(sorted((*_BF16, "sse4a"))), lanes=16, runtime="x86-64-v4"),
+    Cpu(level="x86-64-v4", features=tuple(sorted(_V4)), lanes=16, runtime="x86-64-v4"),
+    Cpu(level="x86-64-v3", features=tuple(sorted(_V3)), lanes=8, runtime="x86-64-v3"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Where the prebuilt parts in Rust lie: the cell, the enclave runtime of each CPU level."""
+"""Where the prebuilt parts in Rust lie: the cell, the enclave runtime of each generic CPU level."""
 
 from __future__ import annotations
 

@@ -45,13 +45,15 @@ class Rates:
         return size / (self.cache_gbytes if size <= self.cache else self.memory_gbytes) / 1e6
 
 
+_AVX512 = Rates(lanes=16, gflops=205.0, narrow_gflops=160.0, cache_gbytes=95.0, memory_gbytes=28.0)
+
 RATES: Mapping[str, Rates] = {
     "x86-64-v3": Rates(
         lanes=8, gflops=205.0, narrow_gflops=160.0, cache_gbytes=95.0, memory_gbytes=28.0
     ),
-    "x86-64-v4": Rates(
-        lanes=16, gflops=205.0, narrow_gflops=160.0, cache_gbytes=95.0, memory_gbytes=28.0
-    ),
+    "x86-64-v4": _AVX512,
+    "znver4": _AVX512,
+    "sapphirerapids": _AVX512,
 }
 """Rates of each CPU level, from the medians of the five models' kernels on an AMD Zen 4."""
 

@@ -259,7 +259,7 @@ def _compile(
             f"the image would need {heap / 2**30:.1f} GiB of heap, at most {MOST_HEAP >> 30} fit: "
             "state fewer records or a smaller batch, or keep features as uint8"
         )
-    runtime = native_file(f"libmyelin_enclave-{cpu.level}.a").read_bytes()
+    runtime = native_file(f"libmyelin_enclave-{cpu.runtime}.a").read_bytes()
     workspace = kernel_object.workspace_bytes(program.kernels, cpu)
     description = encode(_describe(program, recipe, cpu, document, kernels, runtime, workspace))
     progress("link the image")

@@ -1,7 +1,9 @@
+import re
 import subprocess
 import sys
 
 import pytest
+import tvm
 
 from myelin.cpu import LEVELS, Cpu, CpuUnsupported, machine_features
 
@@ -9,26 +11,74 @@ from myelin.cpu import LEVELS, Cpu, CpuUnsupported, machine_features
 def test_levels_by_name():
     assert Cpu.named("x86-64-v3").lanes == 8
     assert Cpu.named("x86-64-v4").lanes == 16
-    with pytest.raises(
-        CpuUnsupported, match="'avx10' is unknown; choose one of x86-64-v4, x86-64-v3"
-    ):
+    known = ", ".join(("sapphirerapids", "znver4", "x86-64-v4", "x86-64-v3"))
+    with pytest.raises(CpuUnsupported, match=f"'avx10' is unknown; choose one of {known}"):
         Cpu.named("avx10")
 
 
-def test_better_level_has_all_features_of_the_other():
-    assert set(LEVELS[1].features) < set(LEVELS[0].features)
-    assert {"avx2", "fma", "abm", "aes", "rdrand", "rdseed"} <= set(LEVELS[1].features)
-    assert {"avx512f", "sha_ni", "vaes", "vpclmulqdq"} <= set(LEVELS[0].features)
+def test_better_level_has_all_features_of_the_generic_ones():
+    intel, amd, v4, v3 = (set(cpu.features) for cpu in LEVELS)
+    assert v3 < v4 < amd & intel
+    assert {"avx2", "fma", "abm", "aes", "rdrand", "rdseed"} <= v3
+    assert {"avx512f", "sha_ni", "vaes", "vpclmulqdq"} <= v4
+    assert "avx512_bf16" in (amd & intel) - v4
+    assert {"amx_tile", "amx_bf16"} <= intel - amd
+    assert amd - intel == {"sse4a"}
+
+
+def test_runtime_of_a_level_uses_no_feature_that_the_level_lacks():
+    for cpu in LEVELS:
+        runtime = Cpu.named(cpu.runtime)
+        assert runtime.runtime == runtime.level
+        assert set(runtime.features) <= set(cpu.features)
+
+
+# What compiled kernels may contain, as LLVM names it; its other names are instructions for
+# operating systems, or hints on speed.
+_COMPUTING = re.compile(
+    r"avx.*|amx.*|ssse3|sse4.*|aes|sha|gfni|v?pclmul.*|vaes|bmi2?|fma|f16c|adx|lzcnt|popcnt|movbe"
+    r"|rdrnd|rdseed"
+)
+_NAMES = {"lzcnt": "abm", "sha": "sha_ni", "bmi": "bmi1", "pclmul": "pclmulqdq"} | {
+    "rdrnd": "rdrand",
+    "avxvnni": "avx_vnni",
+    **{f"avx512{x}": f"avx512_{x}" for x in ("bf16", "bitalg", "fp16", "vbmi2", "vnni")},
+    "avx512vpopcntdq": "avx512_vpopcntdq",
+}
+
+
+@pytest.mark.parametrize("cpu", LEVELS, ids=lambda cpu: cpu.level)
+def test_features_are_all_that_the_compiler_may_use(cpu):
+    """Against LLVM's own list of what its target has."""
+    target = cpu.target
+    has = tvm.get_global_func("target.llvm_get_cpu_features")(target)
+    used = {name for name in map(str, has) if _COMPUTING.fullmatch(name)}
+    assert {"avx2", "fma", "lzcnt"} <= used
+    named = {re.sub(r"[-.]", "_", _NAMES.get(name, name)) for name in used}
+    assert named <= set(cpu.features)
 
 
 def test_native_level_is_the_best_that_the_machine_has(monkeypatch):
     for cpu in LEVELS:
         monkeypatch.setattr("myelin.cpu.machine_features", lambda cpu=cpu: frozenset(cpu.features))
         assert Cpu.native() == cpu
-    few = frozenset(LEVELS[1].features) - {"fma", "rdseed"}
+    few = frozenset(Cpu.named("x86-64-v3").features) - {"fma", "rdseed"}
     monkeypatch.setattr("myelin.cpu.machine_features", lambda: few)
     with pytest.raises(CpuUnsupported, match="lacks CPU features of x86-64-v3: fma rdseed"):
         Cpu.native()
+
+
+def test_native_says_why_no_better_level_was_taken(monkeypatch):
+    present = frozenset(Cpu.named("znver4").features) | {"amx_tile", "amx_bf16"}
+    monkeypatch.setattr("myelin.cpu.machine_features", lambda: present)
+    assert Cpu.native_reasons() == {
+        "znver4": "the best that this machine has all features of",
+        "sapphirerapids": "this machine lacks amx_int8 avx512_fp16 avx_vnni",
+    }
+    monkeypatch.setattr(
+        "myelin.cpu.machine_features", lambda: frozenset(Cpu.named("sapphirerapids").features)
+    )
+    assert list(Cpu.native_reasons()) == ["sapphirerapids"]
 
 
 def test_features_are_read_from_cpuinfo(tmp_path):
