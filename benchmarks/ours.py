@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks.models import Case, case_named
 from benchmarks.step import Run, build
+from myelin import nn
 from myelin.cpu import Cpu
 from myelin.model import load
 from myelin.optimizer import SGD
@@ -32,6 +33,7 @@ from myelin.outside import Outside
 from myelin.plan import compile_training
 
 MODES = ("outside", "outside-private", "cell")
+LAUNCHES = 20
 OPTIMIZER = SGD(lr=0.01, momentum=0.9)
 
 
@@ -67,7 +69,7 @@ def _data(case: Case) -> tuple[Any, Any]:
 
 def _outside(case: Case, mode: str, seconds: float) -> tuple[list[float], float, dict[str, Any]]:
     cpu = Cpu.native()
-    model = load(case.layers(), np.zeros((1, *case.shape), np.float32))
+    model = load(case.layers(nn), np.zeros((1, *case.shape), np.float32))
     program = compile_training(
         model,
         loss="cross-entropy",
@@ -101,24 +103,20 @@ def _cell(case: Case, mode: str, seconds: float) -> tuple[list[float], float, di
             "image_bytes": len(built.image.content),
         }
         launches = []
-        for _ in range(10):
+        for _ in range(LAUNCHES):
             run = Run(built, case, case.batch, "process")
             launches.append(run.launch_ms)
-            if len(launches) < 10:
-                run.cell.close()
+            run.cell.close()
         facts["launch_ms"] = statistics.median(launches)
+        run = Run(built, case, case.batch, "process").load()
         times, peak = run.times(seconds), _peak(run.cell.pid)
         run.cell.close()
         # The same without kernels: what is left is gather, sampling and noise.
-        run = Run(
-            build(case, case.batch, folder / "bare", "gradient", "update"),
-            case,
-            case.batch,
-            "process",
-        )
-        bare = run.step()
+        bare = build(case, case.batch, folder / "bare", "gradient", "update")
+        run = Run(bare, case, case.batch, "process").load()
+        left = run.step()
         run.cell.close()
-        return times, peak, facts | {"kernels_ms": 1e3 * statistics.median(times) - bare}
+        return times, peak, facts | {"kernels_ms": 1e3 * statistics.median(times) - left}
 
 
 def _peak(pid: int) -> float:

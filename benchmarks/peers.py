@@ -15,15 +15,15 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.models import CASES, Case
+from benchmarks.models import Case, case_named
+from benchmarks.report import THREADS
 
 MODES = ("eager", "channels_last", "compile", "hooks", "ghost")
-THREADS = 2
 
 
 def main() -> None:
     """Runs one mode of one case."""
-    case = next(case for case in CASES if case.name == sys.argv[1])
+    case = case_named(sys.argv[1])
     mode = sys.argv[2]
     seconds, precision = float(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(THREADS)
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _step(case: Case, mode: str, precision: str) -> Callable[[], None]:
-    model = case.torch()
+    model = case.layers(torch.nn)
     x = torch.randn(case.batch, *case.shape)
     y = torch.randint(0, case.classes, (case.batch,))
     if mode == "channels_last" and x.ndim == 4:

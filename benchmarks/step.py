@@ -21,15 +21,16 @@ from unittest import mock
 import numpy as np
 
 import myelin
-from benchmarks.models import CASES, Case
-from myelin import recipe, seal
+from benchmarks.models import Case, case_named
+from myelin import nn, recipe, seal
 from myelin.cell import Cell
 from myelin.cpu import Cpu
 from myelin.enclave import Enclave
 from myelin.evidence import Evidence
 from myelin.grant import grant
 
-STEPS, REPEATS, MOST_STEPS = 20, 5, 4_000
+REPEATS, MOST_STEPS = 5, 4_000
+NONCE = bytes(32)
 
 
 def build(case: Case, records: int, folder: Path, *left_out: str) -> recipe.Build:
@@ -42,7 +43,7 @@ def build(case: Case, records: int, folder: Path, *left_out: str) -> recipe.Buil
     recipe_compile = recipe.compile_training
     with mock.patch.object(recipe, "compile_training", compiled):
         return myelin.build(
-            case.layers(),
+            case.layers(nn),
             np.zeros((1, *case.shape), np.float32),
             loss="cross-entropy",
             optimizer=myelin.SGD(lr=0.01, momentum=0.9),
@@ -54,11 +55,11 @@ def build(case: Case, records: int, folder: Path, *left_out: str) -> recipe.Buil
 
 
 class Run:
-    """A loaded instance of an image."""
+    """An instance of an image, launched as far as its first evidence; `load` gives it records."""
 
     def __init__(self, built: recipe.Build, case: Case, records: int, backend: str) -> None:
         self.case, self.records = case, records
-        owner, now = myelin.Party.generate("owner"), int(time.time())
+        self.built, self.owner = built, myelin.Party.generate("owner")
         privacy = myelin.Privacy.for_records(
             records,
             noise_multiplier=100.0,
@@ -67,35 +68,39 @@ class Run:
             steps=MOST_STEPS,
             delta=1e-5,
         )
-        job = myelin.Job.draft(
+        self.job = myelin.Job.draft(
             image=built.image,
             weights=built.weights_digest,
             privacy=privacy,
-            sends={"records": {owner.public: records}},
-            receives={"weights": [owner.public]},
+            sends={"records": {self.owner.public: records}},
+            receives={"weights": [self.owner.public]},
         )
-        approval = job.approve(owner)
-        world = myelin.World.create(Path(tempfile.mkdtemp(), "world"), now=now)
-        policy = myelin.Policy.dangerous_simulation(world.root).for_job(job)
+        approval = self.job.approve(self.owner)
         features = built.image.description["cpu"]["features"]
         start = time.perf_counter()
         self.cell = Cell(built.image_path, backend=backend, threads=2, features=features)
         self.enclave = Enclave(self.cell)
-        self.enclave.job(job.to_bytes())
+        self.enclave.job(self.job.to_bytes())
         self.enclave.approve(approval)
-        nonce = bytes(32)
-        keys = self.enclave.attest(nonce)
+        self.keys = self.enclave.attest(NONCE)
         self.launch_ms = 1e3 * (time.perf_counter() - start)
         self.rate = privacy.to_fields()["sample_rate"]
         self.noise = privacy.to_fields()["noise_multiplier"]
+
+    def load(self) -> Run:
+        """Grants and loads records and weights, and warms up."""
+        case, records, job, keys = self.case, self.records, self.job, self.keys
+        now = int(time.time())
+        world = myelin.World.create(Path(tempfile.mkdtemp(), "world"), now=now)
+        policy = myelin.Policy.dangerous_simulation(world.root).for_job(job)
         claim = Evidence(
             job=job.digest,
             hpke=keys.hpke,
             sign=keys.sign,
-            nonce=nonce,
+            nonce=NONCE,
             quote=world.quote(job.image.measurement, keys.report_data),
         )
-        fresh = myelin.appraise(claim.to_bytes(), world.endorsements(now=now), policy, nonce, now)
+        fresh = myelin.appraise(claim.to_bytes(), world.endorsements(now=now), policy, NONCE, now)
         draws = np.random.default_rng(0)
         x = draws.random((records, *case.shape), np.float32)
         y = draws.integers(0, case.classes, records).astype(np.int32)
@@ -104,14 +109,15 @@ class Run:
         ledger = myelin.Ledger.create(
             Path(tempfile.mkdtemp(), "l"), commitment=key.commitment, epsilon=1e9, delta=1e-5
         )
-        self.enclave.grant(grant(owner, job, fresh, key, slot="records", ledger=ledger))
+        self.enclave.grant(grant(self.owner, job, fresh, key, slot="records", ledger=ledger))
         sealed.seek(0)
         start = time.perf_counter()
         self.enclave.load(0, sealed)
         self.load_gb_s = sealed.tell() / 1e9 / (time.perf_counter() - start)
-        self.enclave.weights(built.weights.tobytes())
+        self.enclave.weights(self.built.weights.tobytes())
         self.left = MOST_STEPS
         self.times(0.0)
+        return self
 
     def times(self, seconds: float) -> list[float]:
         """Seconds of a step, from requests of about a tenth of a second."""
@@ -138,7 +144,7 @@ def main() -> None:
     name = sys.argv[1]
     records = int(sys.argv[2]) if len(sys.argv) > 2 else 60_000
     backend = sys.argv[3] if len(sys.argv) > 3 else "process"
-    (case,) = [case for case in CASES if case.name.startswith(name)]
+    case = case_named(name)
     folder = Path(tempfile.mkdtemp())
     left_out: dict[str, tuple[str, ...]] = {
         "whole": (),
@@ -148,7 +154,7 @@ def main() -> None:
     row: dict[str, Any] = {"model": case.name, "records": records, "backend": backend}
     found: dict[str, float] = {}
     for variant, names in left_out.items():
-        run = Run(build(case, records, folder / variant, *names), case, records, backend)
+        run = Run(build(case, records, folder / variant, *names), case, records, backend).load()
         found[variant] = run.step()
         if variant == "whole":
             row |= {"launch_ms": run.launch_ms, "load_gb_s": run.load_gb_s}
