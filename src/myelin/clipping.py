@@ -24,6 +24,7 @@ from typing import Any
 from tvm import relax
 
 from myelin import planner
+from myelin.cpu import Cpu
 from myelin.kernels import clipping as clip_kernels
 from myelin.kernels import conv as conv_kernels
 from myelin.kernels import linear as linear_kernels
@@ -44,7 +45,7 @@ def clip_and_sum(module: Any, objective: Objective) -> Any:
     mask = relax.Var("mask", relax.TensorType((batch,), "float32"))
     hyper = relax.Var("hyper", relax.TensorType((HYPER,), "float32"))
     adjoints = list(returned(function).fields)
-    norms = _Norms()
+    norms, cpu = _Norms(), Cpu.named(objective.level)
     later: dict[int, Callable[[Any], Any]] = {}
     env: dict[Any, Any] = {p: p for p in function.params}
 
@@ -61,7 +62,8 @@ def clip_and_sum(module: Any, objective: Objective) -> Any:
         # As soon as an adjoint is there: what gradients were made of is free early.
         for layer, adjoint in zip(found, adjoints, strict=True):
             if adjoint.same_as(var):
-                _gather(builder, layer, how[layer.name], env[layer.x], env[var], norms, later)
+                given = env[layer.x], env[var]
+                _gather(builder, cpu, layer, how[layer.name], *given, norms, later)
         if objective.clipping == "none":
             add(builder, mask)
         return env[var]
@@ -182,6 +184,7 @@ def _arguments(
 
 def _gather(
     builder: Any,
+    cpu: Cpu,
     layer: Layer,
     how: Method,
     x: Any,
@@ -217,7 +220,7 @@ def _gather(
     if how == "gram":
         pair = builder.emit(kernel("conv-gram", [x, d], [(batch,)] * 2, numbers))
         s, t = (builder.emit(relax.TupleGetItem(pair, i)) for i in range(2))
-        norms.grams.append((s, t, conv_kernels.gram_kappa(conv)))
+        norms.grams.append((s, t, conv_kernels.gram_kappa(cpu, conv)))
     later[layer.weight] = lambda c: kernel("conv-gradient", [x, d, c], [(conv.weights,)], numbers)
 
 

@@ -9,6 +9,7 @@ from myelin.kernels import conv as kernels
 from myelin.kernels import winograd
 from myelin.kernels.conv import Conv
 from myelin.kernels.object import ALLOWED, build, undefined, workspace_bytes
+from myelin.kernels.tir import gamma
 
 SQUARE = {"kh": 3, "kw": 3, "padding": (1, 1, 1, 1)}
 SHAPES = {
@@ -26,7 +27,16 @@ def outputs(conv, cpu, call):
         *direct.results(call, winograd.forward(cpu, conv, bias=True), xp, w, b),
         *direct.results(call, winograd.backward_data(cpu, conv), d, w),
         *direct.results(call, winograd.stored_gradient(cpu, conv), xp, d, count=2),
+        *direct.results(call, weighted(cpu, conv), xp, d, factors(conv)),
     ]
+
+
+def weighted(cpu, conv):
+    return winograd.weighted_gradient(cpu, conv, run=max(1, conv.n // 2))
+
+
+def factors(conv):
+    return np.linspace(0, 1, conv.n, dtype="f")
 
 
 def assert_accurate(value, expected):
@@ -37,11 +47,13 @@ def assert_accurate(value, expected):
 def check(conv, cpu, call):
     """All kernels against torch in float64, and the norm against what is stored."""
     xp, w, b, d = direct.arrays(conv)
-    y, dx, g, s = outputs(conv, cpu, call)
+    y, dx, g, s, total = outputs(conv, cpu, call)
     expected_y, expected_dx = direct.output_and_input_gradient(conv, xp, w, d)
     assert_accurate(y, expected_y + b)
     assert_accurate(dx, expected_dx)
-    assert_accurate(g, direct.gradients(conv, xp, d))
+    expected_g = direct.gradients(conv, xp, d)
+    assert_accurate(g, expected_g)
+    assert_accurate(total, factors(conv).astype("d") @ expected_g)
     exact = (g.astype("d") ** 2).sum(1)
     assert np.all(exact <= s * (1 + kernels.stored_norm_inflation(conv)))
     assert np.all(s <= exact * (1 + kernels.stored_norm_inflation(conv)))
@@ -106,6 +118,56 @@ def test_what_is_not_finite_stays_with_its_example(poison, cpu, call):
         assert np.array_equal(np.delete(before, 1, 0), np.delete(after, 1, 0))
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e38])
+def test_a_sum_takes_nothing_that_is_not_finite(poison, cpu, call):
+    """1e38 overflows only in the transforms, so that a bound of the norm may well be finite."""
+    conv = SHAPES["whole"]
+    xp, _, _, d = direct.arrays(conv)
+    c = np.array([0.5, 1, 0.25], "f")
+    without = np.array([0.5, 0, 0.25], "f")
+    clean = direct.results(call, weighted(cpu, conv), xp, d, without)[0]
+    xp[1] = poison
+    d[1] *= np.float32(1e-20)
+    spoiled = direct.results(call, weighted(cpu, conv), xp, d, c)[0]
+    assert np.isfinite(spoiled).all()
+    if not np.isfinite(poison):
+        assert spoiled.tobytes() == clean.tobytes()
+
+
+def transforms():
+    """Bᵀ, A and G along one axis, from the polynomials through the points."""
+    points = np.array([0, 0.6875, -0.6875, 1.3125, -1.3125])
+    powers = np.vander(points, 4, increasing=True)
+    adjoint = np.vstack([powers, [0, 0, 0, 1]])
+    scale = [np.prod([p - q for q in points if q != p]) for p in points]
+    weight = np.vstack([powers[:, :3] / np.array(scale)[:, None], [0, 0, 1]])
+    rows = [np.poly([q for q in points if q != p])[::-1] for p in points]
+    inputs = np.vstack([np.append(row, 0) for row in rows] + [np.poly(points)[::-1]])
+    return inputs, adjoint, weight
+
+
+def test_errors_grow_by_no_more_than_is_said():
+    inputs, adjoint, weight = transforms()
+    exact = np.einsum("pk,pi,pj->kij", weight, inputs, adjoint)
+    taps = np.zeros((3, 6, 4))
+    for k in range(3):
+        taps[k, range(k, k + 4), range(4)] = 1
+    np.testing.assert_allclose(exact, taps, atol=1e-12)
+    sizes = np.einsum("pk,pi,pj->kij", abs(weight), abs(inputs), abs(adjoint))
+    largest = np.linalg.svd(sizes.reshape(3, -1))[1][0]
+    conv = SHAPES["whole"]
+    assert gamma(2 * 3 + 25) * largest**2 <= winograd.gradient_error(conv)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_gradients_are_as_exact_as_is_said(seed, cpu, call):
+    conv = Conv(n=2, h=9, w=12, ci=16, co=32, **SQUARE)
+    for xp, d in (direct.cancelling(conv, seed), direct.arrays(conv, seed)[::3]):
+        g = direct.results(call, winograd.stored_gradient(cpu, conv), xp, d, count=2)[0]
+        error = np.linalg.norm(g - direct.gradients(conv, xp, d), axis=1)
+        assert np.all(error <= winograd.gradient_error(conv) * direct.reach(conv, xp, d))
+
+
 def test_it_is_taken_where_it_is_faster(cpu):
     large = Conv(n=64, h=32, w=32, ci=64, co=64, **SQUARE)
     small = Conv(n=64, h=4, w=4, ci=64, co=64, **SQUARE)
@@ -129,6 +191,7 @@ def test_the_object_needs_nothing_that_the_runtime_lacks(cpu):
         "forward": winograd.forward(cpu, conv, bias=True),
         "backward_data": winograd.backward_data(cpu, conv),
         "stored_gradient": winograd.stored_gradient(cpu, conv),
+        "weighted_gradient": weighted(cpu, conv),
     }
     assert undefined(build(templates, cpu)) <= ALLOWED
     assert workspace_bytes(templates, cpu) == 0

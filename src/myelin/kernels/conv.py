@@ -16,15 +16,14 @@ How a plan uses these templates (all arguments float32, outputs last):
     weighted_gradient(cpu, conv)     xp, d, c[n], scratch → g[kh,kw,ci,co]
 
 `choose(conv)` says which way a layer's clipped gradient is best taken. Layers of 3 × 3 at stride 1
-go to `myelin.kernels.winograd` where that is faster, in all but `gram_norm` and
-`weighted_gradient`: `gram_kappa` bounds the rounding of direct products only.
+go to `myelin.kernels.winograd` where that is faster, in all but `gram_norm`.
 
 Bounds, u = 2⁻²⁴ and γ_k = k·u / (1 − k·u) (Higham, Accuracy and Stability, §3.1). g_i is the
 gradient that example i really adds, as computed in float32:
 
 - stored: ‖g_i‖² ≤ s_i · (1 + stored_norm_inflation(conv)).
-- gram:   ‖g_i‖² ≤ s_i + gram_kappa(conv) · t_i, where t = (Σ_p |x_p|·|d_p|)² over output pixels p
-  with x_p the unfolded patch; t ≤ ‖X‖²·‖D‖². s_i may come out negative.
+- gram:   ‖g_i‖² ≤ s_i + gram_kappa(cpu, conv) · t_i, where t = ‖X‖²·‖D‖² over output pixels, X
+  their unfolded patches. s_i may come out negative.
 
 All kernels give the same bits for any number of threads: loops run in parallel only over counts
 that the shape fixes.
@@ -259,6 +258,8 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
     sum over examples is relative to clipped gradients. Where c_i is 0 nothing is added, whatever
     the example holds. Scratch, laid out as g, holds the sum of a run of examples.
     """
+    if winograd.suits_gradient(cpu, conv):
+        return winograd.weighted_gradient(cpu, conv, run=_run(conv))
     shapes = {"c": (conv.n,), "scratch": (conv.weights,), "g": (conv.weights,)}
     with Kernel(xp=_padded(conv), d=_output(conv), **shapes) as kernel:
         xp, d, c, scratch, g = kernel.buffers

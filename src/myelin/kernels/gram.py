@@ -10,6 +10,7 @@ Both products are symmetric: only pairs p ≤ q are formed. There are two ways t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
+from myelin.kernels import winograd
 from myelin.kernels.tiles import Tile, grid, segments, steps, widen
 from myelin.kernels.tir import Kernel, gamma, load, select, serial, splat, store, vectors
 from myelin.kernels.window import Conv
@@ -32,22 +34,34 @@ def gram_cost(conv: Conv) -> int:
     return min(_unfolded_cost(conv), _shifted_cost(conv)) + adjoints
 
 
-def gram_kappa(conv: Conv) -> float:
+def gram_kappa(cpu: Cpu, conv: Conv) -> float:
     """κ of ‖g‖² ≤ s + κ·t, where g is the gradient that `weighted_gradient` adds.
 
     Gram entries are float32 dot products of length k, off by at most γ_k·|a||b|; their products are
-    summed in float64. The gradient itself is off by at most γ_pixels·√t.
+    summed in float64.
     """
     length = conv.ci + conv.kh * conv.kw if _is_shifted(conv) else conv.taps
-    patch, adjoint, own = gamma(length), gamma(conv.co), gamma(conv.pixels + 1)
+    patch, adjoint, own = gamma(length), gamma(conv.co), _own_error(cpu, conv)
     gram = patch + adjoint + patch * adjoint + 4 * _UNIT
-    return gram + 2 * own * (1 + gram) + own * own
+    return (1 + _stretch(cpu, conv)) * gram + own * own + own / math.sqrt(conv.pixels)
+
+
+def _own_error(cpu: Cpu, conv: Conv) -> float:
+    """ε of ‖g − ĝ‖ ≤ ε·√t: how far `weighted_gradient` is from the exact gradient ĝ."""
+    if winograd.suits_gradient(cpu, conv):
+        return winograd.gradient_error(conv)
+    return gamma(conv.pixels + 1)
+
+
+def _stretch(cpu: Cpu, conv: Conv) -> float:
+    """θ of ‖g‖² ≤ (‖ĝ‖ + ε·√t)² ≤ (1 + θ)·‖ĝ‖² + (1 + 1/θ)·ε²·t, good where t is about pixels·s."""
+    return _own_error(cpu, conv) * math.sqrt(conv.pixels)
 
 
 def gram_norm(cpu: Cpu, conv: Conv) -> Any:
     """xp[n,hp,wp,ci], d[n,oh,ow,co], scratch → s[n], t[n].
 
-    s is ‖g_i‖² up to rounding (`gram_kappa`), t = (Σ_p |x_p||d_p|)² with a floor that covers
+    s is ‖g_i‖² up to rounding (`gram_kappa`), t = Σ_p |x_p|² · Σ_p |d_p|² with a floor that covers
     numbers flushed to zero.
     """
     plan = _Shifted(cpu, conv) if _is_shifted(conv) else _Unfolded(cpu, conv)
@@ -161,10 +175,14 @@ class _Gram(ABC):
             total.add(0, 0, wide * wide)
         return total.get(0, 0)
 
-    def root(self, square: Any, terms: int) -> Any:
-        """√square, with the floor that covers what flushing took from `terms` squares."""
-        floor = T.FloatImm("float64", 4 * terms * _TINY / gram_kappa(self.conv))
-        return T.sqrt(square + splat(floor, self.cpu.lanes))
+    def whole(self, number: int) -> Any:
+        """An integer in all lanes."""
+        return T.Broadcast(T.int32(number), self.cpu.lanes)
+
+    def floor(self, terms: int) -> Any:
+        """What covers that flushing took from `terms` squares of each pixel."""
+        flushed = 4 * terms * self.conv.pixels * _TINY
+        return T.FloatImm("float64", flushed / gram_kappa(self.cpu, self.conv))
 
     def example(self, xp: Any, d: Any, scratch: Any, chunk: Any, i: Any, s: Any, t: Any) -> None:
         """Both results of one example."""
@@ -173,12 +191,17 @@ class _Gram(ABC):
             pixel = h * (self.pitch if self.lines > 1 else conv.ow) + v
             store(scratch, load(d, i, h, v, co), chunk, co * self.length + pixel)
         self.prepare(xp, scratch, chunk, i)
-        reach = Tile(1, (cpu.lanes,), "float64")
+        adjoints, inputs = (Tile(1, (cpu.lanes,), "float64") for _ in range(2))
         for (block,) in grid(self.length // cpu.lanes):
             q = block * cpu.lanes
-            own = self.squares(scratch, chunk, 0, conv.co, self.length, q)
+            adjoints.add(0, 0, self.squares(scratch, chunk, 0, conv.co, self.length, q))
+            pixels = T.Ramp(q, 1, cpu.lanes)
+            inside = pixels < self.whole(self.pixels)
+            if self.lines > 1:  # between two lines there are pixels of no output
+                inside = T.And(inside, pixels % self.whole(self.pitch) < self.whole(self.line))
             patch = self.patch_squares(scratch, chunk, q)
-            reach.add(0, 0, self.root(own, conv.co) * self.root(patch, conv.taps))
+            none = splat(T.FloatImm("float64", 0.0), cpu.lanes)
+            inputs.add(0, 0, select(inside, patch, none))
         total = Tile(1, self.widths, "float64")
         for segment in segments(self.line, self.rows):
             for h, block, column in grid(self.lines, segment.count, self.length // self.wide):
@@ -194,10 +217,11 @@ class _Gram(ABC):
                         upper = select(there < here, splat(0.0, lanes), pair)
                         own = widen(y.get(row, vector), lanes)
                         total.add(0, vector, widen(upper, lanes) * own)
-        store(s, T.Cast("float32", total.sum()), i)
-        root = reach.sum()
+        stretch = T.FloatImm("float64", 1 + _stretch(cpu, conv))
+        store(s, T.Cast("float32", stretch * total.sum()), i)
+        reach = (adjoints.sum() + self.floor(conv.co)) * (inputs.sum() + self.floor(conv.taps))
         up = T.FloatImm("float64", 1 + 8 * _UNIT)
-        store(t, T.Cast("float32", root * root * up), i)
+        store(t, T.Cast("float32", reach * up), i)
 
 
 class _Unfolded(_Gram):

@@ -23,8 +23,28 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
-from myelin.kernels.tiles import SquaredNorm, Tile, channel_groups, grid, segments, steps
-from myelin.kernels.tir import Kernel, load, pieces, select, serial, splat, store, vectors
+from myelin.kernels.functions import is_finite
+from myelin.kernels.tiles import (
+    Segment,
+    SquaredNorm,
+    Tile,
+    channel_groups,
+    grid,
+    segments,
+    steps,
+)
+from myelin.kernels.tir import (
+    Kernel,
+    blocks,
+    gamma,
+    load,
+    pieces,
+    select,
+    serial,
+    splat,
+    store,
+    vectors,
+)
 from myelin.kernels.window import Conv
 
 Values = list[Any]
@@ -33,6 +53,7 @@ _POINTS = 36
 _CHUNKS = 8  # parts of the batch, each with a scratch of its own
 _SUMS = 4  # parts of the batch that are summed on their own
 _PAD = 16  # floats between planes: their distance must not be a multiple of a page
+_GROWTH = 181  # what absolute values grow by, against a product of activations and adjoints
 _LARGEST = 1 << 20  # floats of one example in the domain of points, so that it stays in cache
 
 
@@ -50,12 +71,26 @@ def suits(cpu: Cpu, conv: Conv) -> bool:
 
 
 def suits_gradient(cpu: Cpu, conv: Conv) -> bool:
-    """Whether stored gradients are found faster this way: not of few tiles, nor of large images.
+    """Whether weight gradients are found faster this way: not of few tiles, nor of large images.
 
-    Measured at 4 tiles: 1.3 and 1.6 times as fast as directly (128 to 256 and 256 to 256 channels).
+    Measured at 4 tiles, 128 to 256 and 256 to 256 channels: stored, 1.3 and 1.6 times as fast as
+    directly; summed, 1.8 and 2.0 times.
     """
-    tiles = _count(conv.oh) * _count(conv.ow)
+    tiles = _tiles(conv)
     return suits(cpu, conv) and tiles >= 4 and _POINTS * tiles * (conv.ci + conv.co) <= _LARGEST
+
+
+def gradient_error(conv: Conv) -> float:
+    """Bound of ‖ĝ − g‖ / (‖X‖·‖D‖): ĝ a gradient found here, X the patches and D the adjoints.
+
+    Rounded is what 8 operations make of an input, 6 of an adjoint, tiles + 1 of their products and
+    10 of these, the rounding of coefficients included: at most γ of all, of the same computation
+    on absolute values. In a tile that is at most `_GROWTH` · |x|·|d|, the square of the largest
+    singular value along one axis (`tests/kernels/test_winograd.py`), and so for all pairs of
+    channels together. Each pixel of a tile's input is in a patch of its outputs; Cauchy and Schwarz
+    do the rest.
+    """
+    return gamma(_tiles(conv) + 25) * _GROWTH
 
 
 # Kernels
@@ -114,21 +149,73 @@ def stored_gradient(cpu: Cpu, conv: Conv) -> Any:
 
     s_i = ‖g_i‖² of the very numbers that are stored.
     """
-    gradient = _Gradient(cpu=cpu, conv=conv, chunks=min(conv.n, _CHUNKS))
+    chunks = min(conv.n, _CHUNKS)
+    gradient = _Gradient(cpu=cpu, conv=conv, slots=chunks, chunks=chunks)
     results = {"g": (conv.n, conv.weights), "s": (conv.n,)}
     with Kernel(**gradient.images, **gradient.scratch, **results) as kernel:
         xp, d, *scratch, g, s = kernel.buffers
-        for chunk, i in _shares(conv.n, gradient.chunks):
+        for chunk, i in _shares(conv.n, chunks):
             gradient.transform(xp, d, scratch, chunk, i)
             norm = SquaredNorm()
-            for co, widths in gradient.groups():
+            for _, channel, widths in _groups(cpu, conv.co):
                 with norm.part(widths) as add:
-                    for ci, v, offset, _, taps in gradient.vectors(scratch, chunk, co, widths):
-                        for tap, value in enumerate(taps):
-                            store(g, value, i, (tap * conv.ci + ci) * conv.co + co + offset)
-                        add(v, taps)
+                    for part in gradient.rows(channel, widths):
+                        for row, v, offset, _, taps in gradient.taps(scratch, chunk, chunk, part):
+                            for tap, value in enumerate(taps):
+                                store(g, value, i, _weight(conv, tap, part, row, offset))
+                            add(v, taps)
             norm.store(s, i, conv.weights)
     return kernel.function
+
+
+def weighted_gradient(cpu: Cpu, conv: Conv, *, run: int) -> Any:
+    """xp[n,hp,wp,ci], d[n,oh,ow,co], c[n], scratch… → g[3·3·ci·co] = Σ_i c_i g_i.
+
+    g_i leaves the domain of points before it is multiplied by c_i and added: sums there would
+    round relative to numbers that no norm bounds. Where c_i g_i is not finite nothing is added: so
+    an example with c_i = 0 adds nothing whatever it holds, nor one that overflows on the way. The
+    `run` examples at a time are transformed together, then summed part by part.
+    """
+    gradient = _Gradient(cpu=cpu, conv=conv, slots=run, chunks=_CHUNKS)
+    own = {
+        "c": (conv.n,),
+        **gradient.scratch,
+        "sums": (_CHUNKS, 9 * gradient.most * gradient.wide),
+        "g": (conv.weights,),
+    }
+    with Kernel(**gradient.images, **own) as kernel:
+        xp, d, c, *scratch, sums, g = kernel.buffers
+        for at, size in blocks(conv.weights, 64 * cpu.lanes, T.parallel):
+            for offset, lanes in vectors(size, cpu.lanes):
+                store(g, splat(0.0, lanes), at + offset)
+        for runs in segments(conv.n, run):
+            with serial(runs.count) as number:
+                with T.parallel(runs.size) as slot:
+                    gradient.transform(xp, d, scratch, slot, runs.at(number) + slot)
+                for chunk, part in gradient.shares():
+                    for row, tap, offset, lanes in part.cells():
+                        at = part.place(tap, row, offset)
+                        store(sums, splat(0.0, lanes), chunk, at)
+                    with serial(runs.size) as slot:
+                        factor = T.bind(load(c, runs.at(number) + slot))
+                        found = gradient.taps(scratch, slot, chunk, part)
+                        for row, _, offset, lanes, taps in found:
+                            for tap, value in enumerate(taps):
+                                at = part.place(tap, row, offset)
+                                clipped = T.bind(splat(factor, lanes) * value)
+                                kept = select(is_finite(clipped), clipped, splat(0.0, lanes))
+                                store(sums, load(sums, chunk, at, lanes=lanes) + kept, chunk, at)
+                    for row, tap, offset, lanes in part.cells():
+                        at = part.place(tap, row, offset)
+                        total = load(sums, chunk, at, lanes=lanes)
+                        at = _weight(conv, tap, part, row, offset)
+                        store(g, load(g, at, lanes=lanes) + total, at)
+    return kernel.function
+
+
+def _weight(conv: Conv, tap: int, part: _Part, row: Any, offset: int) -> Any:
+    """Where a vector of a part stands in the flat weight."""
+    return (tap * conv.ci + part.first + part.at + row) * conv.co + part.channel + offset
 
 
 # One axis, and the transforms along it
@@ -168,6 +255,11 @@ class _Axis:
 
 def _count(outputs: int) -> int:
     return -(-outputs // 4)
+
+
+def _tiles(conv: Conv) -> int:
+    """Tiles of one image."""
+    return _count(conv.oh) * _count(conv.ow)
 
 
 def _ragged(outputs: int) -> float:
@@ -456,15 +548,50 @@ class _Product:
         return self._block * self._wide + _PAD
 
 
-_ROWS = 16  # input channels whose gradients are in the domain of points at once
+_ROWS = 16  # input channels that are transformed at once
+_MOST = 8  # of them, those whose gradients are found at once, in vectors of 16 lanes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Some input channels and a group of output channels of a gradient: what is found at once.
+
+    `first` … are channels first + at … of the `size` that begin at `first`.
+    """
+
+    first: Any
+    size: int
+    at: Any
+    rows: int
+    channel: Any
+    widths: tuple[int, ...]
+
+    @property
+    def wide(self) -> int:
+        """Output channels."""
+        return sum(self.widths)
+
+    def cells(self) -> Iterator[tuple[Any, int, int, int]]:
+        """(row, tap, offset, lanes) of every vector of its gradient."""
+        for (row,) in grid(self.rows):
+            for tap, (_, offset, lanes) in product(range(9), _offsets(self.widths)):
+                yield row, tap, offset, lanes
+
+    def place(self, tap: int, row: Any, offset: int) -> Any:
+        """Where such a vector stands in an array of its own."""
+        return (tap * self.rows + row) * self.wide + offset
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Gradient:
-    """The weight gradient of one example after the other, of each chunk its own."""
+    """Weight gradients, one example after the other in a slot, parts of them in a chunk's scratch.
+
+    A part is in the domain of points only as long as it stays in cache.
+    """
 
     cpu: Cpu
     conv: Conv
+    slots: int
     chunks: int
 
     @property
@@ -478,14 +605,14 @@ class _Gradient:
 
     @property
     def scratch(self) -> dict[str, tuple[int, ...]]:
-        """Each chunk's activations and adjoints, and a block of its gradient."""
+        """Each slot's activations and adjoints, and each chunk's part of a gradient."""
         return {
-            "inputs": (self.chunks, _POINTS * self._input_plane),
-            "adjoints": (self.chunks, _POINTS * self._adjoint_plane),
+            "inputs": (self.slots, _POINTS * self._input_plane),
+            "adjoints": (self.slots, _POINTS * self._adjoint_plane),
             "products": (self.chunks, _POINTS * self._product_plane),
         }
 
-    def transform(self, xp: Any, d: Any, scratch: Sequence[Any], chunk: Any, i: Any) -> None:
+    def transform(self, xp: Any, d: Any, scratch: Sequence[Any], slot: Any, i: Any) -> None:
         """Activations and adjoints of example i to the domain of points."""
         conv, tiles = self.conv, self._tiles
         inputs, adjoints, _ = scratch
@@ -503,7 +630,7 @@ class _Gradient:
                         return _kept(value, lanes, above, beside)  # noqa: B023
 
                     for p, value in enumerate(_both(_Lanes(lanes).input, 6, activation)):
-                        store(inputs, value, chunk, p * self._input_plane + at)
+                        store(inputs, value, slot, p * self._input_plane + at)
         for _, channel, widths in _groups(self.cpu, conv.co):
             for h, w in grid(rows.tiles, columns.tiles):
                 t = h * columns.tiles + w
@@ -516,56 +643,76 @@ class _Gradient:
                         return _kept(value, lanes, above, beside)  # noqa: B023
 
                     for p, value in enumerate(_both(_Lanes(lanes).adjoint, 4, adjoint)):
-                        store(adjoints, value, chunk, p * self._adjoint_plane + at)
+                        store(adjoints, value, slot, p * self._adjoint_plane + at)
 
-    def groups(self) -> Iterator[tuple[Any, tuple[int, ...]]]:
-        """(first output channel, lanes of its vectors) of each group for `vectors`."""
-        for _, channel, widths in _groups(self.cpu, self.conv.co):
-            yield channel, widths
+    def rows(self, channel: Any, widths: tuple[int, ...]) -> Iterator[_Part]:
+        """All parts of one group of output channels."""
+        for group, rows in self._heights():
+            for block, part in grid(group.count, rows.count):
+                yield self._part(group, rows, block, part, channel, widths)
 
-    def vectors(
-        self, scratch: Sequence[Any], chunk: Any, channel: Any, widths: Sequence[int]
+    def shares(self) -> Iterator[tuple[Any, _Part]]:
+        """(chunk, part) of all parts, dealt out to parallel chunks."""
+        for channels, widths in channel_groups(self.conv.co, self.cpu.lanes):
+            for group, rows in self._heights():
+                count = channels.count * group.count * rows.count
+                for chunk, number in _shares(count, min(self.chunks, count)):
+                    above, part = number // rows.count, number % rows.count
+                    channel, block = channels.at(above // group.count), above % group.count
+                    yield chunk, self._part(group, rows, block, part, channel, widths)
+
+    def taps(
+        self, scratch: Sequence[Any], slot: Any, chunk: Any, part: _Part
     ) -> Iterator[tuple[Any, int, int, int, Values]]:
-        """(input channel, vector, its offset, its lanes, 9 taps) of a group's finished gradient."""
+        """(row, vector, its offset, its lanes, 9 taps) of a part of a slot's finished gradient."""
         inputs, adjoints, products = scratch
-        wide, most = sum(widths), 8 if self.cpu.lanes == 16 else 6
-        for group in segments(self.conv.ci, _ROWS):
-            with serial(group.count) as block:
-                first = group.at(block)
-                for rows in segments(group.size, most):
-                    for p, part in grid(_POINTS, rows.count):
-                        tile = Tile(rows.size, widths)
-                        for (t,) in steps(self._tiles):
-                            row = first * self._tiles + t * group.size + rows.at(part)
-                            column = channel * self._tiles + t * wide
-                            tile.add_outer(
-                                [
-                                    load(inputs, chunk, p * self._input_plane + row + r)
-                                    for r in range(rows.size)
-                                ],
-                                [
-                                    load(
-                                        adjoints,
-                                        chunk,
-                                        p * self._adjoint_plane + column + o,
-                                        lanes=lanes,
-                                    )
-                                    for o, lanes in tile.vectors()
-                                ],
-                            )
-                        for r, v, offset, _ in tile.cells():
-                            at = p * self._product_plane + (rows.at(part) + r) * wide + offset
-                            store(products, tile.get(r, v), chunk, at)
-                with serial(group.size) as row:
-                    for v, offset, lanes in _offsets(widths):
-                        at = row * wide + offset
+        wide = part.wide
+        for (p,) in grid(_POINTS):
+            tile = Tile(part.rows, part.widths)
+            for (t,) in steps(self._tiles):
+                row = part.first * self._tiles + t * part.size + part.at
+                column = part.channel * self._tiles + t * wide
+                tile.add_outer(
+                    [load(inputs, slot, p * self._input_plane + row + r) for r in range(part.rows)],
+                    [
+                        load(adjoints, slot, p * self._adjoint_plane + column + o, lanes=lanes)
+                        for o, lanes in tile.vectors()
+                    ],
+                )
+            for r, v, offset, _ in tile.cells():
+                store(products, tile.get(r, v), chunk, p * self._product_plane + r * wide + offset)
+        with serial(part.rows) as row:
+            for v, offset, lanes in _offsets(part.widths):
+                at = row * wide + offset
 
-                        def source(i: int, j: int) -> Any:
-                            plane = (i * 6 + j) * self._product_plane
-                            return load(products, chunk, plane + at, lanes=lanes)  # noqa: B023
+                def source(i: int, j: int) -> Any:
+                    plane = (i * 6 + j) * self._product_plane
+                    return load(products, chunk, plane + at, lanes=lanes)  # noqa: B023
 
-                        taps = _both(_Lanes(lanes).gradient, 6, source)
-                        yield first + row, v, offset, lanes, taps
+                yield row, v, offset, lanes, _both(_Lanes(lanes).gradient, 6, source)
+
+    def _heights(self) -> list[tuple[Segment, Segment]]:
+        """Groups of input channels, and the rows of parts in each."""
+        groups = segments(self.conv.ci, _ROWS)
+        return [(group, rows) for group in groups for rows in segments(group.size, self.most)]
+
+    def _part(
+        self,
+        group: Segment,
+        rows: Segment,
+        block: Any,
+        part: Any,
+        channel: Any,
+        widths: tuple[int, ...],
+    ) -> _Part:
+        return _Part(
+            first=group.at(block),
+            size=group.size,
+            at=rows.at(part),
+            rows=rows.size,
+            channel=channel,
+            widths=widths,
+        )
 
     def _axes(self) -> tuple[_Axis, _Axis]:
         conv = self.conv
@@ -575,8 +722,18 @@ class _Gradient:
         )
 
     @property
+    def most(self) -> int:
+        """Input channels of a part."""
+        return _MOST if self.cpu.lanes == 16 else 4
+
+    @property
+    def wide(self) -> int:
+        """Output channels of the widest part."""
+        return min(self.conv.co, 2 * self.cpu.lanes)
+
+    @property
     def _tiles(self) -> int:
-        return _count(self.conv.oh) * _count(self.conv.ow)
+        return _tiles(self.conv)
 
     @property
     def _input_plane(self) -> int:
@@ -588,4 +745,4 @@ class _Gradient:
 
     @property
     def _product_plane(self) -> int:
-        return _ROWS * min(self.conv.co, 2 * self.cpu.lanes) + _PAD
+        return self.most * self.wide + _PAD
