@@ -8,18 +8,21 @@ RUNTIMES := x86-64-v3 x86-64-v4
 RUST := $(shell find enclave cell -name '*.rs' -o -name '*.toml' -o -name '*.lock' -o -name '*.sh' -o -name '*.ld' -o -name '*.s' 2>/dev/null | grep -v /target/)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench size wheel docs clean vectors
+.PHONY: help setup demo test check bench bench-kernels bench-scaling bench-accuracy size wheel docs clean vectors
 
 help:
-	@echo "make setup   virtual environment, enclave runtime and cell"
-	@echo "make demo    three hospitals train one private model (simulated TEE)"
-	@echo "make test    all quick tests; SLOW=1 adds the slow ones"
-	@echo "make check   formatters, linters, types, import rules"
-	@echo "make bench   examples per second beside PyTorch and Opacus; MODELS=all, PAGE=1"
-	@echo "make size    lines of trusted Rust, against their limit"
-	@echo "make wheel   a wheel that carries the prebuilt runtime and cell"
-	@echo "make docs    check that links and commands in the documents are real"
-	@echo "make clean   remove what was built"
+	@echo "make setup           virtual environment, enclave runtime and cell"
+	@echo "make demo            three hospitals train one private model (simulated TEE)"
+	@echo "make test            all quick tests; SLOW=1 adds the slow ones"
+	@echo "make check           formatters, linters, types, import rules"
+	@echo "make bench           examples per second beside PyTorch and Opacus; MODELS=all, PAGE=1"
+	@echo "make bench-kernels   each kernel against the machine's limits; MODELS=mlp,vgg9"
+	@echo "make bench-scaling   examples per second and memory over batch and width"
+	@echo "make bench-accuracy  loss curves beside PyTorch's, without noise"
+	@echo "make size            lines of trusted Rust, against their limit"
+	@echo "make wheel           a wheel that carries the prebuilt runtime and cell"
+	@echo "make docs            check that links and commands in the documents are real"
+	@echo "make clean           remove what was built"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Myelin needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 11) else None'
@@ -65,6 +68,15 @@ check: $(VENV)/.dev
 
 bench: setup $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(if $(MODELS),--models $(MODELS)) $(if $(PAGE),--page)
+
+bench-kernels: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.kernels $(if $(MODELS),--models $(MODELS))
+
+bench-scaling: setup $(VENV)/.dev
+	$(BIN)/python -m benchmarks.scaling
+
+bench-accuracy: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.accuracy $(if $(MODELS),--models $(MODELS))
 
 size:
 	@sh enclave/size.sh

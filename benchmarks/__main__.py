@@ -1,8 +1,9 @@
 """`make bench`: examples per second beside PyTorch and Opacus, in one run on one machine.
 
-`python -m benchmarks [--models NAME,…|all] [--rounds N] [--seconds S] [--page]`. Every row is
-measured in a process of its own, two threads, rounds interleaved; a row's time is the median of its
-rounds' medians. Writes build/bench.json; `--page` also writes docs/benchmarks.md.
+`python -m benchmarks [--models NAME,…|all] [--rounds N] [--seconds S] [--page [--steps N]]`. Every
+row is measured in a process of its own, two threads, rounds interleaved; a row's time is the median
+of its rounds' medians. Writes build/bench.json. `--page` measures the cost of privacy by layer,
+scaling and accuracy as well and writes docs/benchmarks.md and its pictures.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import os
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import accuracy, kernels, pictures, report, scaling
 from benchmarks.models import SMALL, cases_named
-from benchmarks.report import BUILD, ROOT, Section, Table
+from benchmarks.report import BUILD, PICTURES, ROOT, Section, Table
 
 PLAN = [
     ("peers", "eager", "float32"),
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--page", action="store_true", help="write docs/benchmarks.md")
+    parser.add_argument("--steps", type=int, default=accuracy.STEPS, help="of the loss curves")
     asked = parser.parse_args()
     with report.alone():
         before = report.load()
@@ -49,11 +52,19 @@ def main() -> None:
         rows = [row for case in cases for row in measure(case.name, asked.rounds, asked.seconds)]
         BUILD.mkdir(exist_ok=True)
         (BUILD / "bench.json").write_text(json.dumps(facts(rows), indent=1) + "\n")
-        section = speed(rows)
-        section.print()
+        folder = PICTURES if asked.page else BUILD
+        sections = [speed(rows, folder)]
+        sections[0].print()
+        for more in (
+            lambda: kernels.cost_by_layer(cases, asked.seconds, folder),
+            lambda: scaling.section(scaling.MODEL, asked.seconds, folder),
+            lambda: accuracy.section(accuracy.MODELS, asked.steps, folder),
+        ) * asked.page:
+            sections.append(more())
+            sections[-1].print()
         print(f"load average {before} at the start, {report.load()} at the end")
         if asked.page:
-            (ROOT / "docs" / "benchmarks.md").write_text(page([section], asked, before))
+            (ROOT / "docs" / "benchmarks.md").write_text(page(sections, asked, before))
 
 
 def facts(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -135,7 +146,7 @@ def quotients(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def speed(rows: list[dict[str, Any]]) -> Section:
+def speed(rows: list[dict[str, Any]], folder: Path) -> Section:
     """All rows, and what they mean."""
     ratios = quotients(rows)
     return Section(
@@ -180,7 +191,26 @@ def speed(rows: list[dict[str, Any]]) -> Section:
                 ],
             ),
         ],
+        pictures=[("Examples per second", pictures.throughput(bars(rows), folder))],
     )
+
+
+def bars(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """For each model, examples a second of the peers at their best and of ours."""
+    found = {}
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        wanted: dict[str, dict[str, Any]] = {
+            "PyTorch float32, not private": {"system": "pytorch", "precision": "float32"},
+            "PyTorch bf16, not private": {"system": "pytorch", "precision": "bf16"},
+            "Opacus, private": {"system": "opacus"},
+            "Myelin, not private, outside": {"system": "myelin", "private": False},
+            "Myelin, private, in the cell": {"system": "myelin", "mode": "cell"},
+        }
+        found[f"{model} ({own[0]['batch']})"] = {
+            name: best(own, **values)["examples_per_second"] for name, values in wanted.items()
+        }
+    return found
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -199,7 +229,10 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def page(sections: list[Section], asked: argparse.Namespace, before: str) -> str:
     """docs/benchmarks.md."""
-    options = f"--models {asked.models} --rounds {asked.rounds} --seconds {asked.seconds:g}"
+    options = (
+        f"--models {asked.models} --rounds {asked.rounds} --seconds {asked.seconds:g} "
+        f"--steps {asked.steps}"
+    )
     numbers = ", ".join(f"{name} {number}" for name, number in report.versions().items())
     parts = [
         "# Benchmarks",

@@ -109,7 +109,7 @@ def _cell(case: Case, mode: str, seconds: float) -> tuple[list[float], float, di
             run.cell.close()
         facts["launch_ms"] = statistics.median(launches)
         run = Run(built, case, case.batch, "process").load()
-        times, peak = run.times(seconds), _peak(run.cell.pid)
+        times, peak = run.times(seconds), peak_mib(run.cell.pid)
         run.cell.close()
         # The same without kernels: what is left is gather, sampling and noise.
         bare = build(case, case.batch, folder / "bare", "gradient", "update")
@@ -119,7 +119,8 @@ def _cell(case: Case, mode: str, seconds: float) -> tuple[list[float], float, di
         return times, peak, facts | {"kernels_ms": 1e3 * statistics.median(times) - left}
 
 
-def _peak(pid: int) -> float:
+def peak_mib(pid: int) -> float:
+    """The most memory that a process has had."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024

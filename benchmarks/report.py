@@ -18,6 +18,7 @@ from rich.console import Console
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build"
+PICTURES = ROOT / "docs" / "pictures"
 THREADS = 2
 VERSIONS = ("myelin", "apache-tvm", "torch", "opacus", "numpy")
 

@@ -17,8 +17,11 @@ from myelin.model import load
 
 torch = pytest.importorskip("torch")
 
+pytest.importorskip("matplotlib")
+
 from benchmarks import __main__ as bench  # noqa: E402
-from benchmarks.models import CASES, case_named  # noqa: E402
+from benchmarks import accuracy, kernels, pictures, scaling  # noqa: E402
+from benchmarks.models import CASES, WIDENED, Case, case_named  # noqa: E402
 from benchmarks.report import Section, Table  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -137,3 +140,149 @@ def test_two_runs_at_once_are_refused(tmp_path) -> None:
 def test_an_unknown_model_is_named() -> None:
     with pytest.raises(SystemExit, match="no model 'lenet': choose from mlp, mnist_cnn"):
         case_named("lenet")
+
+
+TINY = Case(
+    name="tiny",
+    shape=(1, 28, 28),
+    batch=8,
+    layers=lambda lib: lib.Sequential(
+        *(lib.Conv2d(1, 4, 5, 3), lib.Tanh(), lib.Flatten(), lib.Linear(256, 10))
+    ),
+)
+LIMITS = kernels.Limits(
+    gflops=100.0, bf16_gflops=None, cache_gbytes=50.0, memory_gbytes=10.0, cache=1000
+)
+
+
+def call(kernel: str, ms: float, *, gflop: float = 0.0, size: int = 0) -> kernels.Timed:
+    return kernels.Timed(
+        layer="0", kernel=kernel, gflop=gflop, predicted_ms=ms / 2, bytes=size, ms=ms
+    )
+
+
+def test_our_kernels_and_pytorch_train_alike_from_the_same_start() -> None:
+    found = accuracy.curves(TINY, 12)
+    assert list(found) == ["Myelin", "PyTorch", "PyTorch, channels_last"]
+    first, *others = found.values()
+    assert first[0] == pytest.approx(np.log(10), abs=0.5)
+    assert first[-1] < first[0]
+    for other in others:
+        np.testing.assert_allclose(first, other, rtol=1e-4)
+
+
+def test_the_loss_of_logits_is_that_of_pytorch() -> None:
+    generator = np.random.default_rng(0)
+    logits = 30 * generator.standard_normal((9, 4)).astype(np.float32)
+    labels = generator.integers(0, 4, 9).astype(np.int32)
+    expected = torch.nn.functional.cross_entropy(
+        torch.tensor(logits).double(), torch.tensor(labels).long()
+    )
+    assert accuracy.cross_entropy(logits, labels) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_every_call_of_a_gradient_is_timed_under_its_layer() -> None:
+    calls = kernels.timed(TINY, 0.0)
+    assert {call.layer for call in calls} >= {"0", "3"}
+    assert all(call.ms > 0 and call.bytes > 0 for call in calls)
+    assert len(kernels.timed(TINY, 0.0, private=False)) < len(calls)
+
+
+def test_the_kernel_that_loses_most_comes_first() -> None:
+    calls = [
+        call("at-its-limit", 10.0, gflop=1.0),
+        call("twice", 2.0, gflop=0.05),
+        call("twice", 2.0, gflop=0.05),
+        call("copies", 1.0, size=8_000_000),
+    ]
+    table = kernels.kernel_table(TINY, calls, LIMITS)
+    assert [row[0] for row in table.rows] == ["twice", "copies", "at-its-limit"]
+    found = dict(zip(table.columns, table.rows[0], strict=True))
+    assert found["calls"] == "2"
+    assert found["ms"] == "4.000"
+    assert found["lost ms"] == "3.000"
+    assert found["GF/s"] == "25.0"
+    assert found["of peak"] == "25 %"
+    assert found["predicted ÷ measured"] == "0.50"
+    copies = dict(zip(table.columns, table.rows[1], strict=True))
+    assert copies["of copy"] == "80 %"
+
+
+def test_the_loops_that_find_the_limits_compute_what_they_claim() -> None:
+    import tvm
+
+    from myelin.cpu import Cpu
+    from myelin.kernels import object as kernel_object
+
+    cpu = Cpu.native()
+    loops = {"fma": kernels.fma_loop(cpu, 3), "copy": kernels.copy_loop(cpu, 4 * cpu.lanes)}
+    compiled = kernel_object.library(loops, cpu)
+    x = np.zeros((kernels.CHAINS + 2, cpu.lanes), np.float32)
+    x[:-2], x[-2], x[-1] = np.arange(kernels.CHAINS)[:, None], 2.0, 1.0
+    y = np.zeros((kernels.THREADS, kernels.CHAINS, cpu.lanes), np.float32)
+    x, y = kernels.aligned(x), kernels.aligned(y)
+    compiled["fma"](tvm.runtime.from_dlpack(x), tvm.runtime.from_dlpack(y))
+    expected = 8 * np.arange(kernels.CHAINS) + 7
+    assert (y == expected[:, None]).all()
+    a = np.arange(2 * 4 * cpu.lanes, dtype=np.float32).reshape(2, -1)
+    a, b = kernels.aligned(a), kernels.aligned(np.zeros_like(a))
+    compiled["copy"](tvm.runtime.from_dlpack(a), tvm.runtime.from_dlpack(b))
+    assert np.array_equal(a, b)
+
+
+def test_the_bf16_loop_adds_two_products_a_lane() -> None:
+    import tvm
+
+    from myelin.cpu import Cpu
+    from myelin.kernels import object as kernel_object
+
+    cpu = Cpu.native()
+    if "avx512_bf16" not in cpu.features:
+        pytest.skip("this CPU has no bf16 dot product")
+    function = kernel_object.library({"dot": kernels.dot_loop(cpu, 4)}, cpu)["dot"]
+    x = np.zeros((kernels.CHAINS + 2, cpu.lanes), np.int32)
+    x[-2:] = 0x3F003F00  # 0.5 twice
+    x, y = (
+        kernels.aligned(x),
+        kernels.aligned(np.ones((kernels.THREADS, kernels.CHAINS, cpu.lanes), np.float32)),
+    )
+    function(tvm.runtime.from_dlpack(x), tvm.runtime.from_dlpack(y))
+    assert (y == 4 * 2 * 0.25).all()
+
+
+def test_layers_beyond_the_twelve_dearest_are_one_row() -> None:
+    layers = {str(i): (1.0, 1.0 + i) for i in range(15)}
+    found = kernels.dearest(layers)
+    assert [name for name, _ in found[:2]] == ["14", "13"]
+    assert found[-1] == ("3 others", (3.0, 6.0))
+
+
+@pytest.mark.parametrize("name", WIDENED)
+def test_width_one_is_the_model_of_the_tables(name) -> None:
+    case = case_named(name)
+    shapes = load(case.layers(nn), case.shape).shapes
+    assert load(WIDENED[name](nn, width=1), case.shape).shapes == shapes
+    wide = load(WIDENED[name](nn, width=2), case.shape).shapes
+    assert wide["0.weight"][0] == 2 * shapes["0.weight"][0]
+
+
+def test_a_scaling_table_counts_time_by_example() -> None:
+    point = scaling.Point(x=0.5, weights=1000, ms=4.0, per_second=2000.0, mib=3.0)
+    table = scaling.table("width", [point])
+    assert table.rows == [("0.5", "1,000", "4.00", "2,000", "500.0", "3.0")]
+
+
+def test_pictures_are_readable_text_on_their_own_ground(tmp_path) -> None:
+    drawn = [
+        pictures.throughput(bench.bars(ROWS), tmp_path),
+        pictures.layers({"m": {"0": (1.0, 2.0), "": (0.1, 0.1)}}, tmp_path),
+        pictures.scaling({"a": ([16, 32], [1.0, 2.0]), "b": ([0.5, 1], [1.0, 2.0])}, tmp_path),
+        pictures.losses({"m": {"Myelin": [2.0, 1.0], "PyTorch": [2.0, 1.1]}}, tmp_path),
+    ]
+    texts = [path.read_text() for path in drawn]
+    for text in texts:
+        assert "<text" in text
+        assert "fill: #ffffff" in text
+    assert "3.00× · 5,000/s" in texts[0]
+    assert "loss, factors" in texts[1]
+    assert pictures.throughput(bench.bars(ROWS), tmp_path).read_text() == texts[0]

@@ -1,0 +1,172 @@
+"""`make bench-accuracy`: loss curves of our kernels beside PyTorch's, from one start.
+
+`python -m benchmarks.accuracy [--models NAME,…] [--steps N]`. The same weights, the same batches,
+no noise: the kernels of a private image, norms and factors included, run outside any enclave with a
+threshold that clips nothing. What float32 alone does is shown by PyTorch against itself in another
+memory layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TVM_NUM_THREADS", "2")
+
+import numpy as np
+import torch
+
+from benchmarks import pictures, report
+from benchmarks.models import Case, case_named
+from benchmarks.report import BUILD, THREADS, Section, Table
+from myelin import nn
+from myelin.cpu import Cpu
+from myelin.model import Model, load
+from myelin.optimizer import SGD
+from myelin.outside import Outside
+from myelin.plan import compile_training
+from myelin.weights import pack
+
+MODELS = ("cifar_cnn", "vgg9")
+STEPS = 200
+RATE, MOMENTUM = 0.02, 0.9
+UNCLIPPED = 1e6
+"""A threshold above every gradient's norm."""
+
+Batches = list[tuple[Any, Any]]
+
+
+def main() -> None:
+    """Trains, prints, draws build/losses.svg."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    asked = parser.parse_args()
+    with report.alone():
+        section(asked.models.split(","), asked.steps, BUILD).print()
+
+
+def section(models: Sequence[str], steps: int, folder: Path) -> Section:
+    """A table a model, and a picture."""
+    cases = [case_named(model) for model in models]
+    found = {case.name: curves(case, steps) for case in cases}
+    report.say("")
+    picture = pictures.losses(found, folder)
+    return Section(
+        title="Accuracy",
+        text=(
+            f"Mean loss of each step's batch before the step, {steps} steps of SGD with rate "
+            f"{RATE} and momentum {MOMENTUM} on scikit-learn's digits, enlarged: the same start "
+            "and batches, nothing noised, nothing clipped. Ours are the kernels of a private "
+            "image. PyTorch against itself in channels_last shows how far rounding alone leads."
+        ),
+        tables=[table(model, values) for model, values in found.items()],
+        pictures=[("Loss curves", picture)],
+    )
+
+
+def curves(case: Case, steps: int) -> dict[str, list[float]]:
+    """The losses of each system."""
+    model = load(case.layers(nn), case.shape)
+    drawn = batches(case, steps)
+    report.say(f"{case.name}: {steps} steps of ours")
+    found = {"Myelin": ours(case, model, drawn)}
+    for name, layout in (
+        ("PyTorch", torch.contiguous_format),
+        ("PyTorch, channels_last", torch.channels_last),
+    ):
+        report.say(f"{case.name}: {steps} steps of {name}")
+        found[name] = theirs(case, model, drawn, layout)
+    return found
+
+
+def batches(case: Case, steps: int) -> Batches:
+    """Digits as images of the case's shape, at random but the same for everybody."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    channels, height, width = case.shape
+    large = np.kron(digits.images / 16, np.ones((4, 4)))
+    edge = (large.shape[1] - height) // 2
+    large = (large - large.mean()) / large.std()
+    large = large[:, None, edge : edge + height, edge : edge + width]
+    images = np.repeat(large, channels, axis=1).astype(np.float32)
+    labels = digits.target.astype(np.int32)
+    generator = np.random.default_rng(0)
+    chosen = [generator.choice(len(labels), case.batch, replace=False) for _ in range(steps)]
+    return [(images[rows], labels[rows]) for rows in chosen]
+
+
+def ours(case: Case, model: Model, drawn: Batches) -> list[float]:
+    """By the compiled kernels; the loss in float64 from what `predict` gives."""
+    cpu = Cpu.native()
+    program = compile_training(
+        model,
+        loss="cross-entropy",
+        optimizer=SGD(lr=RATE, momentum=MOMENTUM),
+        batch=case.batch,
+        cpu=cpu,
+    )
+    outside = Outside(program, cpu)
+    weights = pack(program, model.parameters)
+    everyone = np.ones(case.batch, np.float32)
+    losses = []
+    for step, (x, y) in enumerate(drawn, 1):
+        losses.append(cross_entropy(outside.predict(x, weights), y))
+        total = outside.gradient(x, y, everyone, weights, UNCLIPPED)
+        weights = outside.update(total / case.batch, step)
+    return losses
+
+
+def theirs(case: Case, model: Model, drawn: Batches, layout: torch.memory_format) -> list[float]:
+    """By PyTorch, from the same weights."""
+    torch.set_num_threads(THREADS)
+    net = case.layers(torch.nn)
+    net.load_state_dict({name: torch.tensor(value) for name, value in model.parameters.items()})
+    net = net.to(memory_format=layout)
+    optimizer = torch.optim.SGD(net.parameters(), lr=RATE, momentum=MOMENTUM)
+    losses = []
+    for x, y in drawn:
+        outputs = net(torch.tensor(x).contiguous(memory_format=layout))
+        losses.append(cross_entropy(outputs.detach().numpy(), y))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(outputs, torch.tensor(y).long()).backward()
+        optimizer.step()
+    return losses
+
+
+def cross_entropy(outputs: Any, labels: Any) -> float:
+    """Mean loss of logits [examples, classes]."""
+    logits = outputs.astype(np.float64)
+    logits -= logits.max(1, keepdims=True)
+    chances = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    return float(-chances[np.arange(len(labels)), labels].mean())
+
+
+def table(model: str, found: dict[str, list[float]]) -> Table:
+    """Every tenth part of the way, and the largest differences of all steps."""
+    first, second, third = found.values()
+    apart, usual = np.abs(np.subtract(first, second)), np.abs(np.subtract(third, second))
+    shown = sorted({*range(0, len(first), max(1, len(first) // 10)), len(first) - 1})
+    return Table(
+        title=f"{model}: largest difference from PyTorch {apart.max():.1e} (step "
+        f"{apart.argmax() + 1}), of PyTorch from itself {usual.max():.1e}",
+        columns=("step", *found, "Myelin − PyTorch", "channels_last − PyTorch"),
+        rows=[
+            (
+                str(i + 1),
+                *(f"{values[i]:.5f}" for values in found.values()),
+                f"{first[i] - second[i]:+.1e}",
+                f"{third[i] - second[i]:+.1e}",
+            )
+            for i in shown
+        ],
+        words=0,
+    )
+
+
+if __name__ == "__main__":
+    main()

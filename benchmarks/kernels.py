@@ -1,0 +1,361 @@
+"""`make bench-kernels`: every kernel against what this machine can do, the worst one first.
+
+`python -m benchmarks.kernels [--models NAME,…|all] [--seconds S]`. The machine's limits are found
+in the same run, by kernels compiled in the same way: a loop of fused multiply-adds on registers
+only, the same of bf16 dot products where the CPU has them, copies in cache and in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TVM_NUM_THREADS", "2")
+
+import numpy as np
+import tvm
+from tvm.script.ir_builder import tirx as T
+
+from benchmarks import pictures, report
+from benchmarks.models import Case, cases_named
+from benchmarks.report import THREADS, Section, Table
+from myelin import nn
+from myelin.cpu import Cpu
+from myelin.kernels import object as kernel_object
+from myelin.kernels.tir import Kernel, load, local, serial, store
+from myelin.model import load as load_model
+from myelin.optimizer import SGD
+from myelin.outside import Outside
+from myelin.plan import compile_training
+
+CHAINS = 12
+"""Accumulators at once: more than the latency of a multiply-add times its units."""
+IN_CACHE, IN_MEMORY = 1 << 20, 256 << 20
+"""Bytes of the arrays that are copied."""
+BF16_DOT = """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+
+define internal <16 x float> @bf16_dot(<16 x float> %total, <16 x i32> %a, <16 x i32> %b)
+    alwaysinline nounwind readnone {
+  %pairs = bitcast <16 x i32> %a to <32 x bfloat>
+  %others = bitcast <16 x i32> %b to <32 x bfloat>
+  %sum = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
+      <16 x float> %total, <32 x bfloat> %pairs, <32 x bfloat> %others)
+  ret <16 x float> %sum
+}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """10⁹ operations a second, 10⁹ bytes a second read and written, of this machine now."""
+
+    gflops: float
+    bf16_gflops: float | None
+    cache_gbytes: float
+    memory_gbytes: float
+    cache: int
+
+    def gbytes(self, size: int) -> float:
+        """The copy that `size` bytes compare with."""
+        return self.cache_gbytes if size <= self.cache else self.memory_gbytes
+
+    def ms(self, gflop: float, size: int) -> float:
+        """The roofline: what computing or moving takes at least."""
+        return max(1e3 * gflop / self.gflops, size / self.gbytes(size) / 1e6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """A call of a program's gradient: what the planner says of it, and its median milliseconds."""
+
+    layer: str
+    kernel: str
+    gflop: float
+    predicted_ms: float
+    bytes: int
+    ms: float
+
+
+def main() -> None:
+    """Measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="all")
+    parser.add_argument("--seconds", type=float, default=2.0)
+    asked = parser.parse_args()
+    with report.alone():
+        roofline(cases_named(asked.models), asked.seconds).print()
+
+
+def timed(case: Case, seconds: float, *, private: bool = True) -> list[Timed]:
+    """Each call of a model's gradient, timed where it stands between the others."""
+    cpu = Cpu.native()
+    model = load_model(case.layers(nn), case.shape)
+    program = compile_training(
+        model,
+        loss="cross-entropy",
+        optimizer=SGD(lr=0.01),
+        batch=case.batch,
+        cpu=cpu,
+        private=private,
+    )
+    outside = Outside(program, cpu)
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(case.batch, *case.shape)).astype(np.float32)
+    y = generator.integers(0, case.classes, case.batch).astype(np.int32)
+    outside.gradient(x, y, np.ones(case.batch, np.float32), model.parameters, 1.0)
+    rounds = []
+    until = time.perf_counter() + seconds
+    while len(rounds) < 5 or time.perf_counter() < until:
+        rounds.append(outside.time_gradient())
+    return [
+        Timed(
+            layer=decision.layer,
+            kernel=decision.kernel,
+            gflop=decision.gflop,
+            predicted_ms=decision.ms,
+            bytes=decision.bytes,
+            ms=1e3 * statistics.median(times),
+        )
+        for decision, times in zip(program.decisions, zip(*rounds, strict=True), strict=True)
+    ]
+
+
+def roofline(cases: Sequence[Case], seconds: float) -> Section:
+    """Kernels of each model by the time that they lose against the machine's limits."""
+    limits = measure_limits(Cpu.native(), seconds)
+    tables = [limit_table(limits)]
+    for case in cases:
+        report.say(f"{case.name}: kernels")
+        tables.append(kernel_table(case, timed(case, seconds), limits))
+    report.say("")
+    return Section(
+        title="Kernels against the machine",
+        text=(
+            "Calls of a private gradient, each timed where it stands in the step. Kernels are "
+            "sorted by the time they lose: their own less that of the limit which binds them, "
+            "arithmetic or copying. Operations are those of the direct algorithm, so Winograd "
+            "convolutions may pass 100 %; bytes are those of a call's arguments, so data from "
+            "the cache may."
+        ),
+        tables=tables,
+    )
+
+
+def limit_table(limits: Limits) -> Table:
+    """The measured limits."""
+    rows = [("float32 multiply-add", f"{limits.gflops:.0f} GF/s")]
+    if limits.bf16_gflops is not None:
+        rows.append(("bf16 dot product", f"{limits.bf16_gflops:.0f} GF/s"))
+    rows.append((f"copy of {IN_CACHE >> 20} MiB", f"{limits.cache_gbytes:.0f} GB/s"))
+    rows.append((f"copy of {IN_MEMORY >> 20} MiB", f"{limits.memory_gbytes:.0f} GB/s"))
+    return Table(title="Limits of this machine, now", columns=("what", "limit"), rows=rows)
+
+
+def kernel_table(case: Case, calls: Sequence[Timed], limits: Limits) -> Table:
+    """A row for each kernel of a model, the one that loses most time first."""
+    same: dict[str, list[Timed]] = defaultdict(list)
+    for call in calls:
+        same[call.kernel].append(call)
+    lost = {
+        name: sum(call.ms - limits.ms(call.gflop, call.bytes) for call in group)
+        for name, group in same.items()
+    }
+    rows = []
+    for name in sorted(same, key=lambda name: -lost[name]):
+        group = same[name]
+        ms = sum(call.ms for call in group)
+        gflops = 1e3 * sum(call.gflop for call in group) / ms
+        gbytes = sum(call.bytes for call in group) / ms / 1e6
+        copy = limits.gbytes(group[0].bytes)
+        layers = list(dict.fromkeys(call.layer or "–" for call in group))
+        rows.append(
+            (
+                name,
+                layers[0] + (f" and {len(layers) - 1} more" if len(layers) > 1 else ""),
+                str(len(group)),
+                f"{ms:.3f}",
+                f"{lost[name]:.3f}",
+                f"{gflops:.1f}",
+                f"{100 * gflops / limits.gflops:.0f} %",
+                f"{gbytes:.1f}",
+                f"{100 * gbytes / copy:.0f} %",
+                f"{sum(call.predicted_ms for call in group) / ms:.2f}",
+            )
+        )
+    total = sum(call.ms for call in calls)
+    return Table(
+        title=f"{case.name} (batch {case.batch}): {total:.2f} ms, "
+        f"{sum(lost.values()) / total:.0%} of them lost",
+        columns=(
+            *("kernel", "layer", "calls", "ms", "lost ms"),
+            *("GF/s", "of peak", "GB/s", "of copy", "predicted ÷ measured"),
+        ),
+        rows=rows,
+        words=2,
+    )
+
+
+def cost_by_layer(cases: Sequence[Case], seconds: float, folder: Path) -> Section:
+    """What privacy adds to each layer, measured call by call, with a picture."""
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for case in cases:
+        report.say(f"{case.name}: cost of privacy by layer")
+        sums: dict[str, list[float]] = {}
+        for private in (False, True):
+            for call in timed(case, seconds, private=private):
+                sums.setdefault(call.layer, [0.0, 0.0])[private] += call.ms
+        found[case.name] = {layer: (plain, own) for layer, (plain, own) in sums.items()}
+    report.say("")
+    picture = pictures.layers(found, folder)
+    return Section(
+        title="Cost of privacy by layer",
+        text=(
+            "Milliseconds of each layer's kernels in a gradient without and with norms, clipping "
+            "and the weighted sums; – is what belongs to no layer: the loss and the factors."
+        ),
+        tables=[
+            Table(
+                title=f"{model}, the dearest first",
+                columns=("layer", "not private, ms", "private, ms", "difference, ms"),
+                rows=[
+                    (layer or "–", f"{plain:.3f}", f"{own:.3f}", f"{own - plain:+.3f}")
+                    for layer, (plain, own) in dearest(layers)
+                ],
+            )
+            for model, layers in found.items()
+        ],
+        pictures=[("Cost of privacy by layer", picture)],
+    )
+
+
+def dearest(layers: dict[str, tuple[float, float]]) -> list[tuple[str, tuple[float, float]]]:
+    """Layers by what privacy adds; all but the first twelve as one."""
+    by_cost = sorted(layers.items(), key=lambda item: item[1][0] - item[1][1])
+    first, rest = by_cost[:12], by_cost[12:]
+    if rest:
+        plain, private = (sum(values[i] for _, values in rest) for i in (0, 1))
+        first.append((f"{len(rest)} others", (plain, private)))
+    return first
+
+
+# Limits.
+
+
+def measure_limits(cpu: Cpu, seconds: float) -> Limits:
+    """What this machine can do at most, on both threads."""
+    report.say("limits of this machine")
+    repeats = 200_000
+    operations = 2 * CHAINS * cpu.lanes * THREADS * repeats
+
+    def gflops(kernel: Any, dtype: str) -> float:
+        x = np.full((CHAINS + 2, cpu.lanes), 0.5, np.float32)
+        if dtype == "int32":
+            x = np.full(x.shape, 0x3F003F00, np.int32)  # two of 0.5 in bf16
+        y = np.zeros((THREADS, CHAINS, cpu.lanes), np.float32)
+        return operations / 1e9 / fastest(kernel, (x, y), cpu, seconds)
+
+    bf16 = None
+    if "avx512_bf16" in cpu.features:
+        bf16 = 2 * gflops(dot_loop(cpu, repeats), "int32")
+    return Limits(
+        gflops=gflops(fma_loop(cpu, repeats), "float32"),
+        bf16_gflops=bf16,
+        cache_gbytes=copy_rate(cpu, IN_CACHE, seconds),
+        memory_gbytes=copy_rate(cpu, IN_MEMORY, seconds),
+        cache=24 << 20,
+    )
+
+
+def copy_rate(cpu: Cpu, size: int, seconds: float) -> float:
+    """10⁹ bytes a second, read and written, of copies of `size` bytes."""
+    x = np.ones((THREADS, size // 4 // THREADS), np.float32)
+    return 2 * size / 1e9 / fastest(copy_loop(cpu, x.shape[1]), (x, np.zeros_like(x)), cpu, seconds)
+
+
+def fastest(kernel: Any, arrays: Sequence[Any], cpu: Cpu, seconds: float) -> float:
+    """Seconds of the fastest call: a limit is what was reached, not what is usual."""
+    function = kernel_object.library({"kernel": kernel}, cpu)["kernel"]
+    tensors = [tvm.runtime.from_dlpack(array) for array in map(aligned, arrays)]
+    times = []
+    until = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < until:
+        start = time.perf_counter()
+        function(*tensors)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def aligned(array: Any) -> Any:
+    """A copy on a cache line's border, as TVM wants it."""
+    memory = np.zeros(array.nbytes + 64, np.uint8)
+    first = -memory.ctypes.data % 64
+    copy = memory[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def fma_loop(cpu: Cpu, repeats: int) -> Any:
+    """Multiply-adds on registers only; the last two rows of x are the factor and the term."""
+    return register_loop(cpu, repeats, "float32", lambda total, a, b: total * a + b)
+
+
+def dot_loop(cpu: Cpu, repeats: int) -> Any:
+    """The same with dot products of two bf16 a lane, which x holds as int32.
+
+    TVM has no name for the instruction, so a few lines of LLVM give it one.
+    """
+
+    def dot(total: Any, a: Any, b: Any) -> Any:
+        return T.call_pure_extern(f"float32x{cpu.lanes}", "bf16_dot", total, a, b)
+
+    return register_loop(cpu, repeats, "int32", dot, BF16_DOT)
+
+
+def register_loop(
+    cpu: Cpu,
+    repeats: int,
+    dtype: str,
+    operation: Callable[[Any, Any, Any], Any],
+    llvm: str = "",
+) -> Any:
+    """x[CHAINS + 2, lanes] → y[THREADS, CHAINS, lanes] by `repeats` operations on each chain."""
+    lanes = cpu.lanes
+    shapes = {"x": ((CHAINS + 2, lanes), dtype), "y": (THREADS, CHAINS, lanes)}
+    with Kernel(**shapes) as kernel, contextlib.ExitStack() as stack:
+        x, y = kernel.buffers
+        if llvm:
+            stack.enter_context(T.attr(T.int32(0), "pragma_import_llvm", llvm))
+        with T.parallel(THREADS) as thread:
+            sums = [local(lanes) for _ in range(CHAINS)]
+            a, b = (T.bind(load(x, CHAINS + i, 0, lanes=lanes)) for i in (0, 1))
+            for i, chain in enumerate(sums):
+                start = load(x, i, 0, lanes=lanes)
+                store(chain, start.astype(f"float32x{lanes}"), 0)
+            with serial(repeats):
+                for chain in sums:
+                    store(chain, operation(load(chain, 0, lanes=lanes), a, b), 0)
+            for i, chain in enumerate(sums):
+                store(y, load(chain, 0, lanes=lanes), thread, i, 0)
+    return kernel.function
+
+
+def copy_loop(cpu: Cpu, extent: int) -> Any:
+    """x[THREADS, extent] → y."""
+    with Kernel(x=(THREADS, extent), y=(THREADS, extent)) as kernel:
+        x, y = kernel.buffers
+        with T.parallel(THREADS) as thread, serial(extent // cpu.lanes) as i:
+            store(y, load(x, thread, i * cpu.lanes, lanes=cpu.lanes), thread, i * cpu.lanes)
+    return kernel.function
+
+
+if __name__ == "__main__":
+    main()
