@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,7 @@ class Image:
     path: Path
     level: str
     kernels: Sequence[str] = ("first", "second")
+    precision: str = "float32"
 
     @cached_property
     def segments(self) -> list[tuple[int, ...]]:
@@ -95,7 +97,7 @@ class Image:
         raise AssertionError(f"{symbol} is in no segment of the file")
 
 
-def network(level: str) -> tuple[bytes, list[str]]:
+def network(level: str, precision: Any) -> tuple[bytes, list[str]]:
     """The object file of a small network's kernels, and their names."""
     model = load(
         nn.Sequential(
@@ -111,7 +113,12 @@ def network(level: str) -> tuple[bytes, list[str]]:
     )
     cpu = Cpu.named(level)
     program = compile_training(
-        model, loss="cross-entropy", optimizer=SGD(lr=0.1, momentum=0.9), batch=16, cpu=cpu
+        model,
+        loss="cross-entropy",
+        optimizer=SGD(lr=0.1, momentum=0.9),
+        batch=16,
+        cpu=cpu,
+        precision=precision,
     )
     return kernel_object.build(program.kernels, cpu), list(program.kernels)
 
@@ -154,7 +161,10 @@ def link(
     return folder / "image.elf"
 
 
-CASES = [*product(RUNTIMES, ["C"]), *((cpu.level, "TVM") for cpu in LEVELS)]
+CASES = [
+    *product(RUNTIMES, ["C"]),
+    *((cpu.level, precision) for cpu in LEVELS for precision in cpu.precisions),
+]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -163,8 +173,8 @@ def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("image")
     if compiler == "C":
         return Image(link(folder, level), level)
-    kernels = network(level)
-    return Image(link(folder, level, kernels=kernels), level, kernels[1])
+    kernels = network(level, compiler)
+    return Image(link(folder, level, kernels=kernels), level, kernels[1], compiler)
 
 
 def test_segments_are_static_apart_and_never_writable_and_executable(image: Image) -> None:
@@ -248,6 +258,11 @@ def test_avx512_is_used_at_its_level_only(image: Image) -> None:
         row for body in image.functions.values() for row in body if AVX512.search(row.operands)
     ]
     assert bool(users) == (Cpu.named(image.level).lanes == 16), users[:3]
+
+
+def test_bfloat16_is_used_at_its_precision_only(image: Image) -> None:
+    names = {row.name for body in image.functions.values() for row in body}
+    assert ("vdpbf16ps" in names) == (image.precision == "bf16")
 
 
 def test_the_deepest_chain_of_calls_leaves_stack_to_spare(image: Image) -> None:

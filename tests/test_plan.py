@@ -70,7 +70,14 @@ def compiled(net, shape, loss="cross-entropy", *, batch=4, seed=0, **options):
     else:
         y = generator.integers(0, 2, (batch, model.outputs)).astype(np.float32)
     return SimpleNamespace(
-        model=model, program=program, outside=Outside(program, cpu), x=x, y=y, loss=loss, cpu=cpu
+        model=model,
+        program=program,
+        outside=Outside(program, cpu),
+        x=x,
+        y=y,
+        loss=loss,
+        cpu=cpu,
+        precision=options.get("precision", "float32"),
     )
 
 
@@ -235,13 +242,21 @@ def test_convolutions_of_any_shape(channels, size, kernel, stride, padding, bias
     close(gradient(run, bound=0.1), oracle(T.Sequential(*theirs, T.Flatten()), run, bound=0.1))
 
 
-@pytest.fixture(scope="module")
-def mixed():
+BF16 = pytest.param(
+    "bf16",
+    marks=pytest.mark.skipif(
+        "bf16" not in Cpu.native().precisions, reason="this machine has no AVX-512 BF16"
+    ),
+)
+
+
+@pytest.fixture(scope="module", params=["float32", BF16])
+def mixed(request):
     net = nn.Sequential(
         *(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten()),
         *(nn.Linear(36, 6), nn.ReLU(), nn.Linear(6, 3)),
     )
-    return compiled(net, (2, 8, 8), batch=4)
+    return compiled(net, (2, 8, 8), batch=4, precision=request.param)
 
 
 def test_an_empty_batch_sums_to_exactly_zero(mixed):
@@ -303,6 +318,61 @@ def test_no_clipped_gradient_is_longer_than_the_threshold(mixed):
 def test_results_are_the_same_bits_run_after_run(mixed):
     first, second = gradient(mixed), gradient(mixed)
     assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("precision", [BF16])
+def test_a_bf16_gradient_is_that_of_rounded_operands(precision):
+    """Two layers written out in float64, operands rounded by PyTorch."""
+
+    def rounded(values):
+        return torch.tensor(values).to(torch.bfloat16).double().numpy()
+
+    net = nn.Sequential(nn.Linear(70, 33), nn.Tanh(), nn.Linear(33, 7))
+    run = compiled(net, (70,), batch=9, precision=precision)
+    w1, b1, w2, b2 = (run.model.parameters[n].astype(float) for n in run.model.parameters)
+    if w1.shape != (70, 33):
+        w1, w2 = w1.T, w2.T
+    rx = rounded(run.x)
+    h = np.tanh(rx @ rounded(w1) + b1)
+    logits = rounded(h) @ rounded(w2) + b2
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    d2 = p / p.sum(1, keepdims=True)
+    d2[np.arange(9), run.y] -= 1
+    d1 = (rounded(d2) @ rounded(w2).T) * (1 - h**2)
+    norms = [(d**2).sum(1) * ((rounded(a) ** 2).sum(1) + 1) for a, d in ((rx, d1), (h, d2))]
+    for bound in (1e3, 0.1):
+        # The squared norm counts (1 + 2⁻⁸)² for rounding c_i · d_i, rounding of float32 aside.
+        c = np.minimum(1, bound / np.sqrt(sum(norms) * (1 + 2.0**-8) ** 2))
+        e1, e2 = c[:, None] * d1, c[:, None] * d2
+        names = list(run.model.parameters)
+        sums = (rx.T @ rounded(e1), e1.sum(0), rounded(h).T @ rounded(e2), e2.sum(0))
+        found = gradient(run, bound=bound)
+        for name, expected in zip(names, sums, strict=True):
+            value = found[name] if found[name].shape == expected.shape else found[name].T
+            error = np.abs(value - expected).max() / np.abs(expected).max()
+            # A value in the middle of two bfloat16 may be rounded to the other: 2⁻⁸ of one term.
+            assert error <= 2.0**-9, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("precision", [BF16])
+@pytest.mark.parametrize("name", ["CNN", "RESIDUAL"])
+def test_a_bf16_gradient_is_near_the_true_one(name, precision):
+    ours, theirs, shape = {"CNN": CNN, "RESIDUAL": RESIDUAL}[name]
+    run = compiled(ours, shape, precision=precision)
+    close(gradient(run, bound=0.5), oracle(theirs(), run, bound=0.5), tolerance=0.03)
+
+
+def test_precision_that_a_level_lacks_is_refused():
+    model = load(nn.Linear(3, 2), (3,))
+    with pytest.raises(ModelRefused, match="precision 'bf16': x86-64-v4 has float32 only"):
+        compile_training(
+            model,
+            loss="cross-entropy",
+            optimizer=SGD(lr=0.1),
+            batch=4,
+            cpu=Cpu.named("x86-64-v4"),
+            precision="bf16",
+        )
 
 
 def test_a_step_is_a_gradient_and_an_update():
@@ -370,7 +440,12 @@ def test_a_description_names_every_byte(mixed):
 
 def test_the_same_model_makes_the_same_program(mixed):
     again = compile_training(
-        mixed.model, loss="cross-entropy", optimizer=SGD(lr=0.1), batch=4, cpu=mixed.cpu
+        mixed.model,
+        loss="cross-entropy",
+        optimizer=SGD(lr=0.1),
+        batch=4,
+        cpu=mixed.cpu,
+        precision=mixed.precision,
     )
     assert again.description() == mixed.program.description()
     assert kernel_object.build(again.kernels, mixed.cpu) == kernel_object.build(

@@ -135,8 +135,20 @@ def test_another_runtime_is_named(
 def test_the_same_model_builds_for_every_level(cpu: Cpu, tmp_path: Path) -> None:
     made = make(tmp_path, cpu=cpu.level)
     named = made.image.description["cpu"]
-    assert named == {"level": cpu.level, "features": list(cpu.features)}
+    features = list(cpu.features)
+    assert named == {"level": cpu.level, "features": features, "precision": "float32"}
     assert recipe.rebuild(made.model_path.read_bytes()).measurement == made.image.measurement
+
+
+def test_precision_is_measured_and_rebuilt(tmp_path: Path) -> None:
+    """Wherever this runs: only the CPU that trains needs the instruction."""
+    plain, mixed = (
+        make(tmp_path / precision, cpu="znver4", precision=precision)
+        for precision in ("float32", "bf16")
+    )
+    assert mixed.image.description["cpu"]["precision"] == "bf16"
+    assert mixed.image.measurement != plain.image.measurement
+    assert recipe.rebuild(mixed.model_path.read_bytes()).digest == mixed.image.digest
 
 
 @pytest.mark.parametrize(
@@ -146,6 +158,11 @@ def test_the_same_model_builds_for_every_level(cpu: Cpu, tmp_path: Path) -> None
         ({"batch": 0}, "batch = 0"),
         ({"records": 0}, "records = 0"),
         ({"threads": 17}, "threads = 17"),
+        ({"precision": "float8"}, "precision 'float8': choose one of float32, bf16"),
+        (
+            {"precision": "bf16"},
+            "x86-64-v3 has no instruction for it; choose sapphirerapids, znver4",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(

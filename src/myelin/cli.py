@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import numpy as np
 import typer
@@ -174,6 +174,9 @@ def build_image(
     cpu: Annotated[
         str, typer.Option(help="x86-64-v3, x86-64-v4, znver4, sapphirerapids or native.")
     ] = "x86-64-v3",
+    precision: Annotated[
+        str, typer.Option(help="float32, or bf16: products of bfloat16, sums in float32.")
+    ] = "float32",
     threads: Annotated[int, typer.Option(help="Thread slots.")] = 2,
     stored: Annotated[
         int | None, typer.Option(help="MiB for stored per-example gradients.")
@@ -204,6 +207,7 @@ def build_image(
             features=_features(features),
             stored_bytes=STORED_BYTES if stored is None else stored << 20,
             cpu=level,
+            precision=cast(Any, precision),
             threads=threads,
             directory=out,
             cache=Cache.default(),
@@ -216,6 +220,7 @@ def build_image(
             "model": str(made.model_path),
             "weights": str(made.weights_path),
             "cpu": level,
+            "precision": precision,
             **({"native": Cpu.native_reasons()} if cpu == "native" else {}),
             "image_bytes": len(made.image.content),
             "digest": made.image.digest.hex(),

@@ -18,20 +18,23 @@ Results have the stored layouts: convolution weights flat in the order height, w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tvm import relax
 
 from myelin import planner
-from myelin.cpu import Cpu
+from myelin.cpu import Cpu, Precision
 from myelin.kernels import clipping as clip_kernels
 from myelin.kernels import conv as conv_kernels
-from myelin.kernels import linear as linear_kernels
+from myelin.kernels import linear, mixed
 from myelin.kernels import normalise as normalise_kernels
 from myelin.kernels.conv import Conv
 from myelin.planner import Method
 from myelin.training import HYPER, Layer, Objective, kernel, layers, rebuild, returned
+
+LINEAR: Mapping[Precision, Any] = {"float32": linear, "bf16": mixed}
+"""The templates of linear layers' products and norms, by the precision of products."""
 
 NORMS = 11
 """Norms that one kernel takes: 14 arguments less mask, hyper and the result."""
@@ -45,7 +48,7 @@ def clip_and_sum(module: Any, objective: Objective) -> Any:
     mask = relax.Var("mask", relax.TensorType((batch,), "float32"))
     hyper = relax.Var("hyper", relax.TensorType((HYPER,), "float32"))
     adjoints = list(returned(function).fields)
-    norms, cpu = _Norms(), Cpu.named(objective.level)
+    norms = _Norms()
     later: dict[int, Callable[[Any], Any]] = {}
     env: dict[Any, Any] = {p: p for p in function.params}
 
@@ -62,8 +65,8 @@ def clip_and_sum(module: Any, objective: Objective) -> Any:
         # As soon as an adjoint is there: what gradients were made of is free early.
         for layer, adjoint in zip(found, adjoints, strict=True):
             if adjoint.same_as(var):
-                given = env[layer.x], env[var]
-                _gather(builder, cpu, layer, how[layer.name], *given, norms, later)
+                ends = env[layer.x], env[var]
+                _gather(builder, layer, how[layer.name], ends, norms, later, objective)
         if objective.clipping == "none":
             add(builder, mask)
         return env[var]
@@ -110,7 +113,7 @@ def additions(module: Any, objective: Objective) -> int:
     for layer in layers(module["main"], objective):
         n = _shape(layer.x)[0]
         if _kind(layer) == "linear":
-            longest = max(longest, linear_kernels.weighted_gradient_additions(n))
+            longest = max(longest, LINEAR[objective.precision].weighted_gradient_additions(n))
         elif _kind(layer) == "conv2d" and how[layer.name] != "stored":
             conv = convolution(layer)
             longest = max(longest, conv_kernels.weighted_gradient_additions(conv))
@@ -184,15 +187,19 @@ def _arguments(
 
 def _gather(
     builder: Any,
-    cpu: Cpu,
     layer: Layer,
     how: Method,
-    x: Any,
-    d: Any,
+    ends: tuple[Any, Any],
     norms: _Norms,
     later: dict[int, Callable[[Any], Any]],
+    objective: Objective,
 ) -> None:
-    """Emits a layer's norms, and says how its parameters' sums follow from the clip factors."""
+    """Emits a layer's norms, and says how its parameters' sums follow from the clip factors.
+
+    `ends` are the layer's input and the adjoint of its output.
+    """
+    x, d = ends
+    cpu = Cpu.named(objective.level)
     batch = _shape(x)[0]
     if layer.bias is not None and _kind(layer) != "linear":
         later[layer.bias] = _stored_sum(builder, d, _bias_size(layer, d), norms)
@@ -202,7 +209,7 @@ def _gather(
     if _kind(layer) == "linear":
         k, n = _shape(x)[1], _shape(d)[1]
         norm = kernel("linear-norm", [x, d], [(batch,)], [int(layer.bias is not None)])
-        bound = linear_kernels.squared_norm_inflation(k, n)
+        bound = LINEAR[objective.precision].squared_norm_inflation(k, n)
         norms.terms.append((builder.emit(norm), bound))
         later[layer.weight] = lambda c: kernel("linear-gradient", [x, d, c], [(k, n)])
         if layer.bias is not None:

@@ -12,9 +12,14 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from myelin.errors import MyelinError
+
+Precision = Literal["float32", "bf16"]
+"""How products are computed: with float32 or with bfloat16 operands; sums are float32 in both."""
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 _V3 = (
     *("abm", "aes", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "pclmulqdq"),
@@ -85,6 +90,11 @@ class Cpu:
     def missing(self, present: frozenset[str]) -> tuple[str, ...]:
         """Lists the features of this level that are not among `present`."""
         return tuple(feature for feature in self.features if feature not in present)
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """The precisions that kernels of this level can have."""
+        return PRECISIONS if "avx512_bf16" in self.features else ("float32",)
 
     @property
     def target(self) -> Any:

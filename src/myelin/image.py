@@ -194,7 +194,13 @@ _DESCRIPTION = record(
         "task": text("train"),
         "loss": text("cross-entropy", "binary-cross-entropy", "mean-squared-error"),
         "optimizer": _free_map,
-        "cpu": record({"level": text(), "features": listing(text(), 64)}),
+        "cpu": record(
+            {
+                "level": text(),
+                "features": listing(text(), 64),
+                "precision": text("float32", "bf16"),
+            }
+        ),
         "batch": _SIZE,
         "threads": unsigned(16, least=1),
         "capacity": record({"records": _SIZE, "test": _SIZE}),

@@ -18,14 +18,13 @@ from tvm import DataType, ir, relax
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from myelin import clipping, planner, training
-from myelin.cpu import Cpu
+from myelin.cpu import Cpu, Precision
 from myelin.errors import ModelRefused
 from myelin.kernels import (
     bounds,
     elementwise,
     functions,
     layout,
-    linear,
     loss,
     normalise,
     pool,
@@ -60,6 +59,7 @@ def compile_training(
     optimizer: Optimizer,
     batch: int,
     cpu: Cpu,
+    precision: Precision = "float32",
     private: bool = True,
     stored_bytes: int = planner.STORED_BYTES,
     dump: Path | None = None,
@@ -67,14 +67,20 @@ def compile_training(
     """Derive the training graph of `model` and plan it for physical batches of `batch` examples.
 
     `private=False` leaves norms and factors out and sums the unmasked examples' gradients: a
-    baseline, never an image. `stored_bytes` bounds the memory for the stored per-example gradients
-    of all convolutions together. `dump` receives the IR after each pass, one file each. Raises
-    ModelRefused or UnsupportedLayer, or BoundsError where a kernel cannot be shown to be safe.
+    baseline, never an image. `precision` is one of `cpu.precisions`. `stored_bytes` bounds the
+    memory for the stored per-example gradients of all convolutions together. `dump` receives the IR
+    after each pass, one file each. Raises ModelRefused or UnsupportedLayer, or BoundsError where a
+    kernel cannot be shown to be safe.
     """
+    if precision not in cpu.precisions:
+        raise ModelRefused(
+            f"precision {precision!r}: {cpu.level} has {', '.join(cpu.precisions)} only"
+        )
     objective = Objective(
         names=tuple(model.shapes),
         loss=training.check_loss(loss),
         clipping="per-example" if private else "none",
+        precision=precision,
         level=cpu.level,
         stored_bytes=stored_bytes,
     )
@@ -128,7 +134,7 @@ def _plan(
         return [Value(Buffer(bytes=p.bytes, offset=at + p.offset), p.stored) for p in parameters]
 
     methods = dict(clipping.methods(forward, objective))
-    library = Kernels(cpu=cpu)
+    library = Kernels(cpu=cpu, linear=clipping.LINEAR[objective.precision])
     x = Value(fixed("x"), (batch, *model.input))
     labels = Value(fixed("y"), (batch,) if label_bytes == 4 else (batch, model.outputs))
     mask, hyper = Value(fixed("mask"), (batch,)), Value(fixed("hyper"), (HYPER,))
@@ -238,9 +244,10 @@ class Lazy:
 
 @dataclass(kw_only=True)
 class Kernels:
-    """The kernels of a program, each shape once."""
+    """The kernels of a program, each shape once; `linear` holds the templates of products."""
 
     cpu: Cpu
+    linear: Any
     functions: dict[str, Any] = field(default_factory=dict)
     costs: dict[str, tuple[float, float]] = field(default_factory=dict)
     _names: dict[Any, str] = field(default_factory=dict)
@@ -277,6 +284,7 @@ class Lowering:
         """Prepare for `run`; kernels go to `library`."""
         self.library = library
         self.cpu = library.cpu
+        self.linear = library.linear
         self.function = function
         self.steps: list[tuple[str, tuple[Buffer, ...]]] = []
         self.values: dict[Any, Value | Lazy | tuple[Value, ...]] = {}
@@ -620,7 +628,7 @@ def _matmul(low: Lowering, var: Any, call: Any) -> None:
         n, k = transposed.value.stored[1], transposed.value.stored[0]
         m = math.prod(rows[:-1])
         out = low.new(var, (*rows[:-1], k))
-        build = lambda: linear.backward_data(low.cpu, m, k, n)  # noqa: E731
+        build = lambda: low.linear.backward_data(low.cpu, m, k, n)  # noqa: E731
         inputs = [low.value(a), transposed.value]
         low.emit(
             "linear_backward",
@@ -635,7 +643,7 @@ def _matmul(low: Lowering, var: Any, call: Any) -> None:
     x, w, bias = low.value(a), low.value(b), low.bias(var)
     m, (k, n) = math.prod(rows[:-1]), w.stored
     out = low.new(low.target(var), (*rows[:-1], n))
-    build = lambda: linear.matmul(low.cpu, m, k, n, bias=bias is not None)  # noqa: E731
+    build = lambda: low.linear.matmul(low.cpu, m, k, n, bias=bias is not None)  # noqa: E731
     inputs = [x, w] if bias is None else [x, w, bias]
     low.emit(
         "linear", ("linear", m, k, n, bias is None), build, inputs, [out], gflop=2e-9 * m * k * n
@@ -846,7 +854,7 @@ def _linear_norm(low: Lowering, var: Any, call: Any) -> None:
     (bias,) = _attributes(call)
     (m, k), n = x.stored, d.stored[1]
     out = low.new(var, (m,))
-    build = lambda: linear.squared_norm(low.cpu, m, k, n, bias=bool(bias))  # noqa: E731
+    build = lambda: low.linear.squared_norm(low.cpu, m, k, n, bias=bool(bias))  # noqa: E731
     low.emit("linear_norm", ("linear_norm", m, k, n, bias), build, [x, d], [out])
     low.values[var] = out
 
@@ -855,7 +863,7 @@ def _linear_gradient(low: Lowering, var: Any, call: Any) -> None:
     x, d, c = (low.value(v) for v in _operands(call))
     (m, k), n = x.stored, d.stored[1]
     out = low.new(var, (k, n))
-    build = lambda: linear.weighted_gradient(low.cpu, m, k, n)  # noqa: E731
+    build = lambda: low.linear.weighted_gradient(low.cpu, m, k, n)  # noqa: E731
     low.emit(
         "linear_gradient",
         ("linear_gradient", m, k, n),
@@ -871,7 +879,7 @@ def _bias_gradient(low: Lowering, var: Any, call: Any) -> None:
     d, c = (low.value(v) for v in _operands(call))
     m, n = d.stored
     out = low.new(var, (n,))
-    build = lambda: linear.weighted_bias(low.cpu, m, n)  # noqa: E731
+    build = lambda: low.linear.weighted_bias(low.cpu, m, n)  # noqa: E731
     low.emit("bias_gradient", ("bias_gradient", m, n), build, [d, c], [out])
     low.values[var] = out
 

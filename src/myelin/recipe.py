@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from myelin.cpu import Cpu
+from myelin.cpu import LEVELS, PRECISIONS, Cpu, Precision
 from myelin.document import encode
 from myelin.errors import BuildFailed, ImageMismatch, UsageError
 from myelin.features import Features
@@ -51,7 +51,8 @@ class Recipe:
 
     `batch` is the number of examples of a physical batch, `records` and `test` the number of
     records that fit, over all senders; `features` how records keep their features; `stored_bytes`
-    the memory for stored per-example gradients; `threads` the thread slots; `cpu` a level of `Cpu`.
+    the memory for stored per-example gradients; `threads` the thread slots; `cpu` a level of `Cpu`;
+    `precision` that of products, float32 on any level.
     """
 
     loss: str
@@ -62,12 +63,21 @@ class Recipe:
     features: Features = FLOAT32
     stored_bytes: int = STORED_BYTES
     cpu: str = "x86-64-v3"
+    precision: Precision = "float32"
     threads: int = 2
 
     def __post_init__(self) -> None:
         """Refuses what no image can have."""
         if self.loss not in LOSSES:
             raise UsageError(f"loss {self.loss!r}: choose one of {', '.join(LOSSES)}")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
+        if self.precision not in Cpu.named(self.cpu).precisions:
+            able = ", ".join(c.level for c in LEVELS if self.precision in c.precisions)
+            raise UsageError(
+                f"precision {self.precision!r}: CPU level {self.cpu} has no instruction for it; "
+                f"choose {able}"
+            )
         for name, low, high in (
             ("batch", 1, 65_536),
             ("records", 1, 1 << 30),
@@ -132,6 +142,7 @@ def build(
     features: Features = FLOAT32,
     stored_bytes: int = STORED_BYTES,
     cpu: str = "x86-64-v3",
+    precision: Precision = "float32",
     threads: int = 2,
     cache: Cache | None = None,
     dump: Path | None = None,
@@ -156,6 +167,7 @@ def build(
         features=features,
         stored_bytes=stored_bytes,
         cpu=cpu,
+        precision=precision,
         threads=threads,
     )
     progress("import the model")
@@ -188,6 +200,7 @@ def plan(document: bytes) -> Program:
         optimizer=recipe.optimizer,
         batch=recipe.batch,
         cpu=Cpu.named(recipe.cpu),
+        precision=recipe.precision,
         stored_bytes=recipe.stored_bytes,
     )
 
@@ -249,6 +262,7 @@ def _compile(
         optimizer=recipe.optimizer,
         batch=recipe.batch,
         cpu=cpu,
+        precision=recipe.precision,
         stored_bytes=recipe.stored_bytes,
         dump=dump,
     )
@@ -292,7 +306,7 @@ def _describe(
         "task": "train",
         "loss": recipe.loss,
         "optimizer": optimizer_to_dict(recipe.optimizer, text=True),
-        "cpu": {"level": cpu.level, "features": list(cpu.features)},
+        "cpu": {"level": cpu.level, "features": list(cpu.features), "precision": recipe.precision},
         "batch": recipe.batch,
         "threads": recipe.threads,
         "capacity": {"records": recipe.records, "test": recipe.test},

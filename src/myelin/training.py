@@ -27,6 +27,7 @@ import tvm
 from tvm import ir, relax
 from tvm.relax import op
 
+from myelin.cpu import Precision
 from myelin.errors import ModelRefused, UnsupportedLayer
 from myelin.planner import STORED_BYTES
 
@@ -42,13 +43,15 @@ class Objective:
 
     `names`: the model's parameters, in the order of the function's. `clipping`: "per-example"
     bounds every example's gradient; "none" sums the unmasked examples' gradients, for baselines
-    outside any enclave. `level` and `stored_bytes`: the CPU that `myelin.planner` estimates for,
-    and how much memory the stored per-example gradients of all convolutions may take.
+    outside any enclave. `precision` is that of products. `level` and `stored_bytes`: the CPU that
+    `myelin.planner` estimates for, and how much memory the stored per-example gradients of all
+    convolutions may take.
     """
 
     names: tuple[str, ...]
     loss: Loss
     clipping: Literal["per-example", "none"] = "per-example"
+    precision: Precision = "float32"
     level: str = "x86-64-v4"
     stored_bytes: int = STORED_BYTES
 

@@ -1,10 +1,10 @@
-from myelin.kernels import clipping, elementwise, layout, linear, loss, reduce, update
+from myelin.kernels import clipping, elementwise, layout, linear, loss, mixed, reduce, update
 
 
 def every_template(cpu):
     """One kernel of each template, with sizes large enough to run in parallel."""
     m, k, n = 256, 200, 50
-    return {
+    found = {
         "matmul": linear.matmul(cpu, m, k, n, bias=True),
         "backward_data": linear.backward_data(cpu, m, k, n),
         "weighted_gradient": linear.weighted_gradient(cpu, m, k, n),
@@ -23,3 +23,11 @@ def every_template(cpu):
         "softmax": reduce.softmax(cpu, m, 100),
         "permute": layout.permute(cpu, (m, 3, 99), (0, 2, 1)),
     }
+    if "bf16" in cpu.precisions:
+        found |= {
+            "matmul_bf16": mixed.matmul(cpu, m, k, n, bias=True),
+            "backward_data_bf16": mixed.backward_data(cpu, m, k, n),
+            "weighted_gradient_bf16": mixed.weighted_gradient(cpu, m, k, n),
+            "squared_norm_bf16": mixed.squared_norm(cpu, m, 4000, n, bias=True),
+        }
+    return found

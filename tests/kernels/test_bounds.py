@@ -3,6 +3,7 @@ from templates import every_template
 from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import LEVELS
+from myelin.kernels import bf16
 from myelin.kernels.bounds import BoundsError, prove
 from myelin.kernels.tir import Kernel, load, local, serial, splat, store
 
@@ -24,6 +25,15 @@ def kernel(body, rows=10):
 def branch_on_data(x, y, i):
     with T.If(load(x, i) > T.float32(0)), T.Then():
         store(y, load(x, i), i)
+
+
+def foreign_words(x, y, i):
+    with T.attr(T.int32(0), "pragma_import_llvm", bf16.WORDS + " "):
+        store(y, load(x, i), i)
+
+
+def foreign_function(x, y, i):
+    store(y, T.call_pure_extern("float32", "getpid", load(x, i)), i)
 
 
 def loop_on_data(x, y, i):
@@ -59,6 +69,8 @@ def bound_data(x, y, i):
             "tirx.exp",
             "call is not one that computes a value",
         ),
+        (foreign_words, "AttrStmt", "not one that this proof understands"),
+        (foreign_function, "getpid", "function is not one of ours"),
         (
             lambda x, y, i: T.evaluate(T.call_extern("int32", "puts", x.data)),
             "tirx.call_extern",

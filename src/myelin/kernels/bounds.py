@@ -5,7 +5,9 @@ enclave's memory apart: every load and store, vectors included, has indices that
 variables only and lie in the buffer's shape for all their values. Control flow must not depend on
 data either. Anything that is not understood is refused.
 
-The proof is about TIR as the template wrote it; that TVM and LLVM compile it faithfully is trusted.
+The words of `myelin.kernels.bf16` are accepted in LLVM's language, these very bytes: they compute
+values from values. The proof is about TIR as the template wrote it; that TVM and LLVM compile it
+faithfully is trusted.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from tvm.sym import Analyzer
 from tvm.tirx.buffer import is_buffer_var
 
 from myelin.errors import MyelinError
+from myelin.kernels import bf16
 from myelin.kernels.tir import walk
 
 # Index arithmetic is done in 32 bits.
@@ -109,6 +112,8 @@ class _Proof:
                 self._access(node.buffer, node.indices, _lanes(node.value))
             case "Evaluate":
                 self.expression(node.value)
+            case "AttrStmt" if node.attr_key == bf16.PRAGMA and _text(node.value) == bf16.WORDS:
+                self.statement(node.body)
             case kind:
                 raise self._refusal(kind, "", "statement is not one that this proof understands")
 
@@ -118,6 +123,9 @@ class _Proof:
             match type(part).__name__:
                 case "TensorLoad":
                     self._access(part.source, part.indices, _lanes(part))
+                case "Call" if part.op.name == "tirx.call_pure_extern":
+                    if _text(part.args[0]) not in bf16.NAMES:
+                        raise self._refusal(_text(part.args[0]), "", "function is not one of ours")
                 case "Call" if part.op.name not in _PURE:
                     raise self._refusal(part.op.name, "", "call is not one that computes a value")
                 case "Var" if is_buffer_var(part):
@@ -213,12 +221,27 @@ class _Proof:
 # What may stand in an expression; `walk` knows the parts of each.
 _EXPRESSIONS = frozenset(
     {
-        *("IntImm", "FloatImm", "Var", "TensorLoad", "Call", "Cast", "Select", "Not", "Ramp"),
+        *(
+            "IntImm",
+            "FloatImm",
+            "StringImm",
+            "Var",
+            "TensorLoad",
+            "Call",
+            "Cast",
+            "Select",
+            "Not",
+            "Ramp",
+        ),
         *("Broadcast", "Shuffle", "Add", "Sub", "Mul", "Div", "Mod", "FloorDiv", "FloorMod"),
         *("BitwiseAnd", "BitwiseOr", "BitwiseXor", "LShift", "RShift"),
         *("Min", "Max", "EQ", "NE", "LT", "LE", "GT", "GE", "And", "Or", "int"),
     }
 )
+
+
+def _text(node: Any) -> str:
+    return str(getattr(node, "value", node))
 
 
 def _lanes(node: Any) -> int:

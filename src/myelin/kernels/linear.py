@@ -32,7 +32,7 @@ from myelin.kernels.tir import (
 )
 
 # Examples that one float32 accumulator adds before it goes into the total.
-_EXAMPLES = 32
+EXAMPLES = 32
 # The smallest normal float32: what flushing to zero can take from one term.
 _TINY = 2.0**-126
 
@@ -72,20 +72,20 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
 
     Examples with c_i = 0 add exactly zero, whatever x_i and d_i hold.
     """
-    rows, _ = _tile(cpu, k, n)
+    rows, _ = tile_shape(cpu, k, n)
     with Kernel(x=(m, k), d=(m, n), c=(m,), g=(k, n)) as kernel:
         x, d, c, g = kernel.buffers
         tiles = -(-k // rows)
         kept = workspace(tiles, m, rows)
         with tasks(tiles, m * tiles * -(-rows // cpu.lanes)) as tile, serial(m) as example:
             for at, lanes in pieces(rows, cpu.lanes):
-                value = load(x, example, _start(tile, rows, k) + at, lanes=lanes)
-                store(kept, _if_counted(load(c, example), value, lanes), tile, example, at)
+                value = load(x, example, tile_start(tile, rows, k) + at, lanes=lanes)
+                store(kept, if_counted(load(c, example), value, lanes), tile, example, at)
 
         def scaled(example: Any, column: Any, lanes: int) -> Any:
             weight = load(c, example)
             value = splat(weight, lanes) * load(d, example, column, lanes=lanes)
-            return _if_counted(weight, value, lanes)
+            return if_counted(weight, value, lanes)
 
         _product(
             cpu,
@@ -93,14 +93,14 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
             left=lambda tile, r, _, example: load(kept, tile, example, r),
             right=scaled,
             out=g,
-            chain=_EXAMPLES,
+            chain=EXAMPLES,
         )
     return kernel.function
 
 
 def weighted_gradient_additions(m: int) -> int:
     """Bounds the float32 roundings from c_i · x_i · d_i to the sum of m examples."""
-    return min(m, _EXAMPLES) + -(-m // _EXAMPLES) + 1
+    return min(m, EXAMPLES) + -(-m // EXAMPLES) + 1
 
 
 def weighted_bias(cpu: Cpu, m: int, n: int) -> Any:
@@ -110,12 +110,12 @@ def weighted_bias(cpu: Cpu, m: int, n: int) -> Any:
         for column, lanes in blocks(n, cpu.lanes):
             whole, part = local(lanes), local(lanes)
             store(whole, splat(0.0, lanes), 0)
-            for first, size in blocks(m, _EXAMPLES):
+            for first, size in blocks(m, EXAMPLES):
                 store(part, splat(0.0, lanes), 0)
                 with serial(size) as i:
                     weight = load(c, first + i)
                     value = splat(weight, lanes) * load(d, first + i, column, lanes=lanes)
-                    counted = _if_counted(weight, value, lanes)
+                    counted = if_counted(weight, value, lanes)
                     store(part, load(part, 0, lanes=lanes) + counted, 0)
                 store(whole, load(whole, 0, lanes=lanes) + load(part, 0, lanes=lanes), 0)
             store(g, load(whole, 0, lanes=lanes), column)
@@ -132,8 +132,8 @@ def squared_norm(cpu: Cpu, m: int, k: int, n: int, *, bias: bool) -> Any:
     with Kernel(x=(m, k), d=(m, n), s=(m,)) as kernel:
         x, d, s = kernel.buffers
         with tasks(m, m * (-(-k // cpu.lanes) + -(-n // cpu.lanes))) as example:
-            inputs = _sum_of_squares(cpu, x, example, k)
-            outputs = _sum_of_squares(cpu, d, example, n)
+            inputs = sum_of_squares(cpu, x, example, k)
+            outputs = sum_of_squares(cpu, d, example, n)
             store(s, inputs * outputs + outputs if bias else inputs * outputs, example)
     return kernel.function
 
@@ -143,15 +143,24 @@ def squared_norm_inflation(k: int, n: int) -> float:
     return gamma(k + n + 4)
 
 
-def _sum_of_squares(cpu: Cpu, rows: Any, row: Any, extent: int) -> Any:
-    """|rows[row]|² + extent·2⁻¹²⁶, an upper bound even where squares were flushed to zero."""
+def sum_of_squares(
+    cpu: Cpu,
+    rows: Any,
+    row: Any,
+    extent: int,
+    seen: Callable[[Any, int], Any] = lambda value, _lanes: value,
+) -> Any:
+    """|rows[row]|² + extent·2⁻¹²⁶, an upper bound even where squares were flushed to zero.
+
+    `seen(value, lanes)` says what stands for a value: its rounding, where a product rounds it.
+    """
     lanes = min(cpu.lanes, extent)
     chains = min(4, -(-extent // lanes))
     sums = [local(lanes) for _ in range(chains)]
     for part in sums:
         store(part, splat(0.0, lanes), 0)
     for position, (at, width) in enumerate(vectors(extent, lanes, chains)):
-        value = load(rows, row, at, lanes=width)
+        value = seen(load(rows, row, at, lanes=width), width)
         part = sums[position % chains]
         store(part, load(part, 0, lanes=width) + value * value, 0)
     for part in sums[1:]:
@@ -159,7 +168,7 @@ def _sum_of_squares(cpu: Cpu, rows: Any, row: Any, extent: int) -> Any:
     return T.bind(total(sums[0], lanes) + T.float32(extent * _TINY))
 
 
-def _if_counted(weight: Any, value: Any, lanes: int) -> Any:
+def if_counted(weight: Any, value: Any, lanes: int) -> Any:
     """Keeps `value` where the weight is not zero, else gives zero, even for NaN and infinity."""
     # The comparison is a vector, so that it becomes a mask and not a branch on data.
     return select(splat(weight, lanes) != splat(0.0, lanes), value, splat(0.0, lanes))
@@ -183,7 +192,7 @@ def _product(
     total.
     """
     rows, columns, depth = extents
-    tile_rows, width = _tile(cpu, rows, columns)
+    tile_rows, width = tile_shape(cpu, rows, columns)
     row_tiles, panels = -(-rows // tile_rows), -(-columns // width)
     vectors_wide = pieces(width, cpu.lanes)
     chain = min(chain or depth, depth)
@@ -191,7 +200,7 @@ def _product(
     packed = workspace(panels, depth, width)
     with tasks(panels, panels * depth * len(vectors_wide)) as panel, serial(depth) as at:
         for offset, lanes in vectors_wide:
-            value = right(at, _start(panel, width, columns) + offset, lanes)
+            value = right(at, tile_start(panel, width, columns) + offset, lanes)
             if isinstance(value, list):
                 for i, scalar in enumerate(value):
                     store(packed, scalar, panel, at, offset + i)
@@ -200,7 +209,7 @@ def _product(
 
     with tasks(panels * row_tiles, rows * panels * len(vectors_wide) * depth) as task:
         panel, tile = task // row_tiles, task % row_tiles
-        column, row = _start(panel, width, columns), _start(tile, tile_rows, rows)
+        column, row = tile_start(panel, width, columns), tile_start(tile, tile_rows, rows)
         sums = [local(width) for _ in range(tile_rows)]
         totals = [local(width) for _ in range(tile_rows)] if chain < depth else sums
 
@@ -232,7 +241,7 @@ def _product(
                 store(out, load(totals[r], offset, lanes=lanes), row + r, column + offset)
 
 
-def _tile(cpu: Cpu, rows: int, columns: int) -> tuple[int, int]:
+def tile_shape(cpu: Cpu, rows: int, columns: int) -> tuple[int, int]:
     """Chooses the tile that stays in registers, (rows, columns), so that little of it overlaps."""
     tallest, widest = {16: (8, 3), 8: (6, 2)}[cpu.lanes]
 
@@ -245,6 +254,6 @@ def _tile(cpu: Cpu, rows: int, columns: int) -> tuple[int, int]:
     return min(rows, tallest), min(widths, key=cost)
 
 
-def _start(tile: Any, size: int, extent: int) -> Any:
+def tile_start(tile: Any, size: int, extent: int) -> Any:
     """Where a tile starts: the last one is moved back into the matrix."""
     return tile * size if extent % size == 0 else T.min(tile * size, extent - size)

@@ -1,0 +1,115 @@
+"""Words for bfloat16 operands: pairs of them, and products of pairs with float32 sums.
+
+An int32 lane holds a pair, the even one in its low half; vectors have 16 lanes. TVM knows neither
+the type nor the instruction `vdpbf16ps`, so both stand in LLVM's language (`WORDS`), as functions
+from values to values that are always inlined. Kernels that use them begin with
+
+    with Kernel(…) as kernel, words():
+
+and are for CPU levels with the feature `FEATURE` only: LLVM ends the process where it lacks.
+
+Rounding is to the nearest, to even; what is not finite stays so; subnormal numbers become zero. A
+product of two bfloat16 is exact in float32, so that each lane of `dot` adds two rounding errors of
+float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from myelin.kernels.functions import is_nan
+from myelin.kernels.tir import load, local, select, splat, store
+
+FEATURE = "avx512_bf16"
+LANES = 16
+ROUNDOFF = 2.0**-8
+"""The largest relative error of rounding a normal float32 to bfloat16."""
+
+WORDS = """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
+declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
+
+define internal <16 x float> @bf16_dot(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b)
+    alwaysinline nounwind memory(none) {
+  %x = bitcast <16 x i32> %a to <32 x bfloat>
+  %y = bitcast <16 x i32> %b to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
+      <16 x float> %sum, <32 x bfloat> %x, <32 x bfloat> %y)
+  ret <16 x float> %r
+}
+
+define internal <16 x i32> @bf16_pairs(<16 x float> %even, <16 x float> %odd)
+    alwaysinline nounwind memory(none) {
+  %a = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float> %even)
+  %b = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float> %odd)
+  %c = bitcast <16 x bfloat> %a to <16 x i16>
+  %d = bitcast <16 x bfloat> %b to <16 x i16>
+  %e = zext <16 x i16> %c to <16 x i32>
+  %f = zext <16 x i16> %d to <16 x i32>
+  %g = shl <16 x i32> %f, splat (i32 16)
+  %r = or <16 x i32> %e, %g
+  ret <16 x i32> %r
+}
+
+define internal <16 x i32> @bf16_neighbours(<16 x float> %first, <16 x float> %second)
+    alwaysinline nounwind memory(none) {
+  %a = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(
+      <16 x float> %second, <16 x float> %first)
+  %r = bitcast <32 x bfloat> %a to <16 x i32>
+  ret <16 x i32> %r
+}
+"""
+PRAGMA = "pragma_import_llvm"
+NAMES = frozenset({"bf16_dot", "bf16_pairs", "bf16_neighbours"})
+
+
+def words() -> Any:
+    """The scope in which the functions below may be called."""
+    return T.attr(T.int32(0), PRAGMA, WORDS)
+
+
+def dot(total: Any, a: Any, b: Any) -> Any:
+    """total + a_even · b_even + a_odd · b_odd, lane by lane, of vectors of pairs."""
+    return T.call_pure_extern("float32x16", "bf16_dot", total, a, b)
+
+
+def pairs(even: Any, odd: Any) -> Any:
+    """Lane l holds the pair even[l], odd[l]."""
+    return T.call_pure_extern("int32x16", "bf16_pairs", even, odd)
+
+
+def neighbours(first: Any, second: Any) -> Any:
+    """The 32 numbers of two vectors, one after the other, as 16 pairs."""
+    return T.call_pure_extern("int32x16", "bf16_neighbours", first, second)
+
+
+def filled(read: Callable[[Any, int], Any], at: Any, count: int) -> Any:
+    """A vector of the `count` numbers that `read(at, lanes)` gives, zeros after them."""
+    if count >= LANES:
+        return read(at, LANES)
+    if count <= 0:
+        return splat(0.0, LANES)
+    room = local(LANES)
+    store(room, splat(0.0, LANES), 0)
+    store(room, read(at, count), 0)
+    return load(room, 0, lanes=LANES)
+
+
+def rounded(value: Any, lanes: int) -> Any:
+    """The same rounding as float32 lanes, of any number; subnormal numbers may stay."""
+    kind = "int32" if lanes == 1 else f"int32x{lanes}"
+
+    def whole(constant: int) -> Any:
+        one = T.int32(constant)
+        return T.Broadcast(one, lanes) if lanes > 1 else one
+
+    bits = T.bind(T.reinterpret(kind, value))
+    odd = (bits >> whole(16)) & whole(1)
+    # A NaN stays: adding could carry into its sign.
+    near = (bits + whole(0x7FFF) + odd) & whole(-0x10000)
+    kept = select(is_nan(value), value, T.reinterpret(str(value.ty.dtype), near))
+    return T.bind(kept)
