@@ -104,6 +104,8 @@ class Cell:
         # One frame. Kept, because fresh memory costs more than the copy out of it.
         self._frame = memoryview(bytearray(4 + MESSAGE_BYTES))
         self._socket, theirs = socket.socketpair()
+        # Room for a whole request, as far as the system allows: one wake of the cell carries it.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
         with theirs:
             self._process = _Process(command, theirs)
         self.pid = self._process.pid
@@ -115,24 +117,23 @@ class Cell:
             self.close()
             raise
 
-    def request(self, operation: int, body: bytes = b"", *, timeout: float | None = None) -> bytes:
+    def request(self, operation: int, *body: bytes, timeout: float | None = None) -> bytes:
         """Send one operation and return the result, at most `MESSAGE_BYTES` less 4 each way.
 
-        Waits for ever, or `timeout` seconds. Raises `EnclaveRefused` when the enclave answers with
-        a refusal, `CellDied` when the cell has ended or had to be ended: a fault, a system call, a
-        reply that is none, no reply in time. `UsageError` when `body` is too long. Threads may
-        share a cell; their requests take turns.
+        The parts of `body` go out one after another. Waits for ever, or `timeout` seconds. Raises
+        `EnclaveRefused` when the enclave answers with a refusal, `CellDied` when the cell has ended
+        or had to be ended: a fault, a system call, a reply that is none, no reply in time.
+        `UsageError` when `body` is too long. Threads may share a cell; their requests take turns.
         """
-        if len(body) > MESSAGE_BYTES - 4:
-            raise UsageError(
-                f"a request of {len(body) + 4} bytes is too long: at most {MESSAGE_BYTES}"
-            )
+        length = 4 + sum(map(len, body))
+        if length > MESSAGE_BYTES:
+            raise UsageError(f"a request of {length} bytes is too long: at most {MESSAGE_BYTES}")
         with self._exchange:
             if self._death is not None:
                 raise CellDied(self._death)
             try:
                 deadline = None if timeout is None else time.monotonic() + timeout
-                self._send(operation, body, deadline)
+                self._send(struct.pack("<II", length, operation), body, deadline)
                 reply = self._receive(deadline)
             except CellDied:
                 raise
@@ -166,13 +167,14 @@ class Cell:
         """Close the cell."""
         self.close()
 
-    def _send(self, operation: int, body: bytes, deadline: float | None) -> None:
-        header = struct.pack("<II", 4 + len(body), operation)
+    def _send(self, header: bytes, body: Sequence[bytes], deadline: float | None) -> None:
         try:
             self._limit(deadline)
-            sent = self._socket.sendmsg([header, body])
-            self._socket.sendall(header[sent:])
-            self._socket.sendall(memoryview(body)[max(0, sent - len(header)) :])
+            sent = self._socket.sendmsg([header, *body])
+            for part in (header, *body):
+                if rest := memoryview(part)[sent:]:
+                    self._socket.sendall(rest)
+                sent = max(0, sent - len(part))
         except TimeoutError:
             self._die("it took no request in time, and was killed")
         except OSError:

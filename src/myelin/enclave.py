@@ -13,14 +13,16 @@ from typing import BinaryIO, Protocol
 from myelin.errors import SealedFileInvalid
 from myelin.seal import CHUNK, HEADER, TAG
 
-_JOB, _APPROVE, _ATTEST, _GRANT, _OPEN, _CHUNK, _WEIGHTS, _TRAIN, _FINISH, _OUTPUT = range(1, 11)
+_JOB, _APPROVE, _ATTEST, _GRANT, _OPEN, _CHUNKS, _WEIGHTS, _TRAIN, _FINISH, _OUTPUT = range(1, 11)
 _WEIGHTS_PART = 1 << 19
+_BATCH = 15
+"""Chunks of a request: as many as fit."""
 
 
 class Transport(Protocol):
     """What carries a request to the enclave and its reply back: a `myelin.cell.Cell`."""
 
-    def request(self, operation: int, body: bytes = b"") -> bytes:
+    def request(self, operation: int, *body: bytes) -> bytes:
         """Sends one operation; raises `EnclaveRefused` or `CellDied`."""
 
 
@@ -61,7 +63,7 @@ class Enclave:
     ) -> None:
         """Streams a sealed file in for entry `index` of the job's sends.
 
-        `progress` is told the bytes of each chunk. The enclave checks every chunk and, after the
+        `progress` is told the bytes of each request. The enclave checks every chunk and, after the
         last, the commitment.
         """
         header = sealed.read(HEADER)
@@ -71,11 +73,11 @@ class Enclave:
             )
         self._transport.request(_OPEN, struct.pack("<I", index) + header)
         number = 0
-        while chunk := sealed.read(CHUNK + TAG):
-            self._transport.request(_CHUNK, struct.pack("<IQ", index, number) + chunk)
+        while chunks := sealed.read(_BATCH * (CHUNK + TAG)):
+            self._transport.request(_CHUNKS, struct.pack("<IQ", index, number), chunks)
             if progress is not None:
-                progress(len(chunk))
-            number += 1
+                progress(len(chunks))
+            number += _BATCH
 
     def weights(self, flat: bytes) -> None:
         """Hands over the public initial weights, flat float32; their digest stands in the job."""

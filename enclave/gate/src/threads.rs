@@ -38,15 +38,20 @@ static FAILED: AtomicBool = AtomicBool::new(false);
 /// A loop is posted: a task may not start another.
 static LOOPING: AtomicBool = AtomicBool::new(false);
 
+/// The main thread is inside.
+static WORKING: AtomicBool = AtomicBool::new(false);
+
 /// Runs the main thread's `work`.
 pub fn main(work: fn()) {
+    WORKING.store(true, Relaxed);
     work();
+    WORKING.store(false, Relaxed);
 }
 
-/// Takes tasks of loops until none came for a while.
+/// Takes tasks of loops until none came for a while, or none can come: the host has better use for the core then.
 pub fn serve() {
     let mut idle = 0;
-    while idle < PATIENCE {
+    while idle < PATIENCE && WORKING.load(Relaxed) {
         if take() {
             idle = 0;
         } else {

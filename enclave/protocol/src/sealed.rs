@@ -1,5 +1,6 @@
 //! Sealed files: a 96-byte header and AES-256-GCM chunks.
 
+use aes_gcm::aead::inout::InOutBuf;
 use aes_gcm::aead::{AeadInOut, KeyInit};
 use aes_gcm::{Aes256Gcm, Nonce};
 use hkdf::Hkdf;
@@ -83,16 +84,14 @@ impl Sealed {
             .map_err(|_| Refusal::ChunkTagWrong)
     }
 
-    /// Decrypts chunk `index` in place if its tag is right.
-    pub fn decrypt(
-        &self,
-        index: u64,
-        text: &mut [u8],
-        tag: &[u8; CHUNK_TAG],
-    ) -> Result<(), Refusal> {
+    /// Decrypts `sealed`, chunk `index` and its tag, to `plain`, which changes only if the tag is right.
+    pub fn decrypt(&self, index: u64, sealed: &[u8], plain: &mut [u8]) -> Result<(), Refusal> {
+        let wrong = Refusal::ChunkTagWrong;
+        let (text, tag) = sealed.split_last_chunk::<CHUNK_TAG>().ok_or(wrong)?;
+        let text = InOutBuf::new(text, plain).map_err(|_| wrong)?;
         self.cipher()
-            .decrypt_inout_detached(&self.nonce(index), &self.header, text.into(), tag.into())
-            .map_err(|_| Refusal::ChunkTagWrong)
+            .decrypt_inout_detached(&self.nonce(index), &self.header, text, tag.into())
+            .map_err(|_| wrong)
     }
 
     fn cipher(&self) -> Aes256Gcm {

@@ -3,7 +3,7 @@
 use core::mem::replace;
 use core::ops::Range;
 
-use myelin_protocol::{CHUNK_TAG, Granted, HEADER, Refusal, Sealed, Send};
+use myelin_protocol::{CHUNK, CHUNK_TAG, Granted, HEADER, Refusal, Sealed, Send};
 use sha2::{Digest, Sha256};
 
 use crate::memory::{Memory, RECORD_HEADER, zero};
@@ -104,11 +104,16 @@ impl Input {
         Ok(())
     }
 
-    /// Takes chunk `number`; whatever is wrong with it ends the input for good.
-    pub fn chunk(&mut self, memory: &mut Memory, number: u64, chunk: &[u8]) -> Result<(), Refusal> {
+    /// Takes `chunks`, the first of which is number `first`; whatever is wrong with one ends the input for good.
+    pub fn chunks(
+        &mut self,
+        memory: &mut Memory,
+        first: u64,
+        chunks: &[u8],
+    ) -> Result<(), Refusal> {
         self.state = match replace(&mut self.state, State::Dead) {
             State::Loading(loading) => {
-                self.take(memory, loading, number, chunk).inspect_err(|_| {
+                self.take(memory, loading, first, chunks).inspect_err(|_| {
                     zero(memory.input_mut(self.place.clone()));
                 })?
             }
@@ -127,28 +132,28 @@ impl Input {
         &self,
         memory: &mut Memory,
         mut loading: Loading,
-        number: u64,
-        chunk: &[u8],
+        first: u64,
+        chunks: &[u8],
     ) -> Result<State, Refusal> {
-        if number != loading.next {
+        if first != loading.next {
             return Err(Refusal::ChunkOrder);
         }
-        let (offset, bytes) = loading.sealed.chunk(number).ok_or(Refusal::ChunkOrder)?;
-        let (text, tag) = chunk.split_last_chunk::<CHUNK_TAG>().ok_or(Refusal::ChunkTagWrong)?;
-        if text.len() != bytes {
+        if chunks.is_empty() {
             return Err(Refusal::ChunkTagWrong);
         }
-        let place = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| self.place.start.checked_add(offset))
-            .and_then(|start| Some(start..start.checked_add(bytes)?))
-            .filter(|range| range.end <= self.place.end)
-            .ok_or(Refusal::ChunkOrder)?;
-        loading.hash.update(chunk);
-        let place = memory.input_mut(place);
-        place.copy_from_slice(text);
-        loading.sealed.decrypt(number, place, tag)?;
-        loading.next = number.saturating_add(1);
+        // Chunk by chunk, so that what was hashed is still in the cache when it is decrypted.
+        for chunk in chunks.chunks(CHUNK + CHUNK_TAG) {
+            let (offset, bytes) = loading.sealed.chunk(loading.next).ok_or(Refusal::ChunkOrder)?;
+            let place = usize::try_from(offset)
+                .ok()
+                .and_then(|offset| self.place.start.checked_add(offset))
+                .and_then(|start| Some(start..start.checked_add(bytes)?))
+                .filter(|range| range.end <= self.place.end)
+                .ok_or(Refusal::ChunkOrder)?;
+            loading.hash.update(chunk);
+            loading.sealed.decrypt(loading.next, chunk, memory.input_mut(place))?;
+            loading.next = loading.next.saturating_add(1);
+        }
         if loading.next < loading.sealed.chunks() {
             return Ok(State::Loading(loading));
         }

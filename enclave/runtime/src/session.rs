@@ -115,7 +115,7 @@ impl<M: Machine> Session<M> {
             3 => self.attest(only(arguments)?, result),
             4 => self.grant(arguments),
             5 => self.open(word(arguments)?, only(arguments)?),
-            6 => self.chunk(word(arguments)?, long(arguments)?, arguments),
+            6 => self.chunks(word(arguments)?, long(arguments)?, arguments),
             7 => self.weights(long(arguments)?, arguments),
             8 => {
                 let (steps, rate, noise) = (word(arguments)?, long(arguments)?, long(arguments)?);
@@ -215,11 +215,11 @@ impl<M: Machine> Session<M> {
         Ok(0)
     }
 
-    fn chunk(&mut self, index: u32, number: u64, chunk: &[u8]) -> Result<usize, Refusal> {
+    fn chunks(&mut self, index: u32, first: u64, chunks: &[u8]) -> Result<usize, Refusal> {
         let inputs = &mut running(&mut self.instance, &mut self.phase)?.0.inputs;
         let input = inputs.get_mut(index as usize).ok_or(Refusal::FieldWrong)?;
         let engine = self.engine.as_mut().map_err(|refusal| *refusal)?;
-        input.chunk(&mut engine.memory, number, chunk)?;
+        input.chunks(&mut engine.memory, first, chunks)?;
         Ok(0)
     }
 

@@ -620,6 +620,29 @@ fn chunks_come_in_order_and_once() {
     assert_eq!(refused(host.chunk(0, 2, &chunks[1])), "input-duplicate"); // one too many
     assert_eq!(refused(host.chunk(1, 0, &chunks[0])), "wrong-state"); // another input
     assert_eq!(refused(host.chunk(3, 0, &chunks[0])), "field-wrong"); // no input
+    let (mut host, chunks) = begun();
+    host.chunk(0, 0, &chunks.concat()).unwrap(); // several at once
+    assert_eq!(refused(host.chunk(0, 0, &chunks[0])), "input-duplicate");
+    let (mut host, chunks) = begun();
+    let swapped = [&chunks[1][..], &chunks[0]].concat();
+    assert_eq!(refused(host.chunk(0, 0, &swapped)), "chunk-tag-wrong");
+    ended(&mut host);
+    let (mut host, chunks) = begun();
+    assert_eq!(refused(host.chunk(0, 1, &chunks.concat())), "chunk-order"); // under another number
+    ended(&mut host);
+    let (mut host, chunks) = begun();
+    let mut more = [&chunks[0][..], &chunks[0]].concat();
+    assert_eq!(refused(host.chunk(0, 0, &more)), "chunk-tag-wrong"); // the second one repeated
+    ended(&mut host);
+    assert_eq!(host.heap_left(), 0, "the first one is gone too");
+    let (mut host, chunks) = begun();
+    more = chunks.concat();
+    more.push(0);
+    assert_eq!(refused(host.chunk(0, 0, &more)), "chunk-tag-wrong"); // bytes past the end
+    ended(&mut host);
+    let (mut host, _) = begun();
+    assert_eq!(refused(host.chunk(0, 0, &[])), "chunk-tag-wrong"); // none
+    ended(&mut host);
 }
 
 #[test]

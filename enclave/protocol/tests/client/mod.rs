@@ -171,9 +171,8 @@ pub fn unseal(key: &[u8; 32], file: &[u8]) -> Vec<u8> {
     let sealed = Sealed::open(key, file[..HEADER].try_into().unwrap()).unwrap();
     let mut plaintext = Vec::new();
     for (i, chunk) in chunks(file).enumerate() {
-        let (text, tag) = chunk.split_last_chunk().unwrap();
-        let mut text = text.to_vec();
-        sealed.decrypt(i as u64, &mut text, tag).unwrap();
+        let mut text = vec![0; chunk.len() - CHUNK_TAG];
+        sealed.decrypt(i as u64, chunk, &mut text).unwrap();
         plaintext.extend(text);
     }
     assert_eq!(plaintext.len() as u64, sealed.length());
