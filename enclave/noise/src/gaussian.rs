@@ -1,30 +1,24 @@
 //! Shifted rounded Gaussian: k = round(S/g + (σ/g)·z) with z standard normal, released as k·g/divisor.
 //!
-//! z comes from Box–Muller in float64 on four lanes: polynomials, fused multiply-adds, integer operations and selects.
+//! z comes from Box–Muller in float64 on four or eight lanes: polynomials, fused multiply-adds, integer operations and selects.
 //! Nothing here branches, divides, looks up a table or calls a library on data, so time does not depend on the sums or
 //! the noise. Coefficients are Chebyshev interpolations made with mpmath; the relative error of c·r·z is about 2⁻⁵¹.
 //!
-//! Four lanes at every CPU level, so that bits are the same; x86-64-v4 brings more registers and AES on four blocks.
-//! Eight lanes were not tried: Zen 4, where this was measured, runs them as two halves.
+//! Sums and random words lie in fours, so that bits are the same at every CPU level; eight lanes take two fours at once.
 
 #![allow(clippy::arithmetic_side_effects, reason = "vectors of floats do not panic")]
 
-use safe_arch::{
-    add_i64_m256i, blend_varying_m256d, cast_to_m256d_from_m256i, cast_to_m256i_from_m256d,
-    convert_to_m128_from_m256d, fused_mul_add_m256d as fma, m256d, m256i, max_m256d, min_m256d,
-    round_m256d, set_splat_i64_m256i as bits, set_splat_m256d as splat, shl_imm_u64_m256i,
-    shr_imm_u64_m256i, sub_i64_m256i,
-};
 use zeroize::Zeroize;
 
 use crate::Generator;
+use crate::lanes::*;
 
-/// Samples made together: four lanes, two outputs of Box–Muller each.
-const GROUP: usize = 8;
+/// Samples made together: two outputs of Box–Muller a lane.
+const GROUP: usize = 8 * FOURS;
 /// Groups whose random words are made at once, small enough for the first-level cache.
-const GROUPS: usize = 128;
+const GROUPS: usize = 1024 / GROUP;
 /// Random words of a group: three a lane, 104 bits of radius and 54 of angle.
-const WORDS: usize = 12;
+const WORDS: usize = 12 * FOURS;
 
 /// What a release is scaled by. All numbers are public.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -33,6 +27,8 @@ pub struct Scale {
     sigma: f64,
     /// 1/grid, exact.
     to_grid: f64,
+    /// σ/grid, exact: the grid is a power of two.
+    spread: f64,
     /// grid/divisor.
     step: f64,
 }
@@ -50,6 +46,7 @@ impl Scale {
             grid,
             sigma,
             to_grid: 1.0 / grid,
+            spread: sigma / grid,
             step: grid / expected_batch,
         })
     }
@@ -69,7 +66,6 @@ impl Scale {
 /// many, NaN as 2⁵¹. `generator` must be fresh or forked for this call: equal generators give equal noise.
 pub fn release(sums: &[f64], out: &mut [f32], scale: Scale, generator: &mut Generator) {
     assert_eq!(sums.len(), out.len(), "a release has one sum an output");
-    let factors = Factors::new(scale);
     let mut words = [[0; WORDS]; GROUPS];
     let chunk = GROUP * GROUPS;
     for (sums, out) in sums.chunks(chunk).zip(out.chunks_mut(chunk)) {
@@ -78,124 +74,120 @@ pub fn release(sums: &[f64], out: &mut [f32], scale: Scale, generator: &mut Gene
         let (sums, last_sums) = sums.as_chunks::<GROUP>();
         let (out, last_out) = out.as_chunks_mut::<GROUP>();
         for ((sums, out), words) in sums.iter().zip(out).zip(words.iter()) {
-            *out = group(words, sums, &factors);
+            *out = group(words, sums, scale);
         }
         if let (false, Some(words)) = (last_sums.is_empty(), words.last()) {
             let mut padded = [0.0; GROUP];
             padded.iter_mut().zip(last_sums).for_each(|(to, from)| *to = *from);
-            let means = group(words, &padded, &factors);
+            let means = group(words, &padded, scale);
             last_out.iter_mut().zip(means).for_each(|(to, from)| *to = from);
         }
     }
     words.zeroize();
 }
 
-/// A scale as the sampler uses it, on four lanes.
-struct Factors {
-    /// 1/g, exact.
-    to_grid: m256d,
-    /// σ/g, exact: g is a power of two.
-    spread: m256d,
-    /// g/divisor.
-    step: m256d,
-}
-
-impl Factors {
-    fn new(scale: Scale) -> Self {
-        Self {
-            to_grid: splat(scale.to_grid),
-            spread: splat(scale.sigma * scale.to_grid),
-            step: splat(scale.step),
-        }
-    }
-}
-
-/// The means of eight sums from twelve random words.
+/// The means of a group's sums from its random words.
 #[inline(always)]
-fn group(words: &[u64; WORDS], sums: &[f64; GROUP], factors: &Factors) -> [f32; GROUP] {
-    let [w0, w1, w2]: [[u64; 4]; 3] = bytemuck::cast(*words);
-    let (w0, w1, w2) = (m256i::from(w0), m256i::from(w1), m256i::from(w2));
-    let radius = radius(uniform(w0, w1)) * factors.spread;
+fn group(words: &[u64; WORDS], sums: &[f64; GROUP], scale: Scale) -> [f32; GROUP] {
+    let [w0, w1, w2] = split(words);
+    let radius = mul(radius(uniform(w0, w1)), splat(scale.spread));
     let (z0, z1) = direction(w2);
-    let [s0, s1]: [[f64; 4]; 2] = bytemuck::cast(*sums);
-    bytemuck::cast([mean(s0.into(), radius, z0, factors), mean(s1.into(), radius, z1, factors)])
+    let sums: [[[f64; 4]; 2]; FOURS] = bytemuck::cast(*sums);
+    let (s0, s1) = (sums.map(|[first, _]| first), sums.map(|[_, second]| second));
+    let first = mean(s0, radius, z0, scale);
+    let second = mean(s1, radius, z1, scale);
+    let mut means = [[[0.0; 4]; 2]; FOURS];
+    for ((mean, first), second) in means.iter_mut().zip(first).zip(second) {
+        *mean = [first, second];
+    }
+    bytemuck::cast(means)
+}
+
+/// The three words of every lane.
+#[inline(always)]
+fn split(words: &[u64; WORDS]) -> [Words; 3] {
+    let fours: [[[u64; 4]; 3]; FOURS] = bytemuck::cast(*words);
+    let words = [fours.map(|[w, ..]| w), fours.map(|[_, w, _]| w), fours.map(|[.., w]| w)];
+    words.map(|w| bytemuck::cast::<_, [u64; 4 * FOURS]>(w).into())
 }
 
 /// k·g/divisor as float32.
 #[inline(always)]
-fn mean(sum: m256d, radius: m256d, z: m256d, factors: &Factors) -> [f32; 4] {
-    convert_to_m128_from_m256d(grid_point(sum, radius, z, factors) * factors.step).into()
+fn mean(sum: [[f64; 4]; FOURS], radius: Floats, z: Floats, scale: Scale) -> [[f32; 4]; FOURS] {
+    singles(mul(
+        grid_point(bytemuck::cast::<_, [f64; 4 * FOURS]>(sum).into(), radius, z, scale),
+        splat(scale.step),
+    ))
 }
 
 /// k = round(S/g + radius·z). The integer part of S/g is set aside before the noise is added, so that the sum is
 /// rounded once, to an integer, however large S is; adding first would round twice and favour even k.
 #[inline(always)]
-fn grid_point(sum: m256d, radius: m256d, z: m256d, factors: &Factors) -> m256d {
+fn grid_point(sum: Floats, radius: Floats, z: Floats, scale: Scale) -> Floats {
     let limit = 2_251_799_813_685_248.0; // 2⁵¹
     // The order of operands makes NaN 2⁵¹: the instruction returns its second operand then.
-    let a = max_m256d(min_m256d(sum * factors.to_grid, splat(limit)), splat(-limit));
+    let a = max(min(mul(sum, splat(scale.to_grid)), splat(limit)), splat(-limit));
     let integer = round_even(a);
-    integer + round_even(fma(radius, z, a - integer))
+    add(integer, round_even(fma(radius, z, sub(a, integer))))
 }
 
 /// A uniform number of (0, 1]: 104 bits, rounded to the nearest float64. Never 0.
 #[inline(always)]
-fn uniform(w0: m256i, w1: m256i) -> m256d {
+fn uniform(w0: Words, w1: Words) -> Floats {
     const TINY: f64 = 1.0 / 4_503_599_627_370_496.0; // 2⁻⁵²
-    let low = one_to_two(w1) - splat(1.0 - TINY / 2.0);
-    fma(low, splat(TINY), one_to_two(w0) - splat(1.0))
+    let low = sub(one_to_two(w1), splat(1.0 - TINY / 2.0));
+    fma(low, splat(TINY), sub(one_to_two(w0), splat(1.0)))
 }
 
 /// sqrt(−2 ln u) for u in [2⁻¹⁰⁵, 1].
 #[inline(always)]
-fn radius(u: m256d) -> m256d {
+fn radius(u: Floats) -> Floats {
     // u = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
-    let shifted = add_i64_m256i(as_bits(u), bits(ONE - SQRT_HALF));
-    let exponent = shr_imm_u64_m256i::<52>(shifted) | bits(0x4330_0000_0000_0000);
-    let k = as_float(exponent) - splat(4_503_599_627_370_496.0 + 1023.0);
-    let f = as_float(add_i64_m256i(shifted & bits(MANTISSA), bits(SQRT_HALF))) - splat(1.0);
+    let shifted = add_bits(as_bits(u), bits(ONE - SQRT_HALF));
+    let exponent = shr::<52>(shifted) | bits(0x4330_0000_0000_0000);
+    let k = sub(as_float(exponent), splat(4_503_599_627_370_496.0 + 1023.0));
+    let f = sub(as_float(add_bits(shifted & bits(MANTISSA), bits(SQRT_HALF))), splat(1.0));
     // x = −2 ln u = −2k ln 2 − 2f + f²(1 + f·P(f)): the first two with their rounding error `rest`.
-    let f2 = f * f;
-    let tail = f2 * fma(polynomial_even_odd(&LOG, f, f2), f, splat(1.0));
+    let f2 = mul(f, f);
+    let tail = mul(f2, fma(polynomial_even_odd(&LOG, f, f2), f, splat(1.0)));
     let tail = fma(k, splat(-LN_4_LOW), tail);
-    let head = fma(k, splat(-LN_4_HIGH), f * splat(-2.0));
-    let rest = fma(f, splat(-2.0), k * splat(-LN_4_HIGH) - head);
-    let x = head + (tail + rest);
+    let head = fma(k, splat(-LN_4_HIGH), mul(f, splat(-2.0)));
+    let rest = fma(f, splat(-2.0), sub(mul(k, splat(-LN_4_HIGH)), head));
+    let x = add(head, add(tail, rest));
     // y = 1/sqrt(x) from the bits of x within 3.4 %, then two steps of higher order and one on the root itself. The
     // square-root instruction is faster, but not known to take the same time for every operand.
-    let y =
-        as_float(sub_i64_m256i(bits(0x5fe6_eb50_c7b5_37a9), shr_imm_u64_m256i::<1>(as_bits(x))));
-    let e = fma(x * y, y * splat(-1.0), splat(1.0));
+    let y = as_float(sub_bits(bits(0x5fe6_eb50_c7b5_37a9), shr::<1>(as_bits(x))));
+    let e = fma(mul(x, y), mul(y, splat(-1.0)), splat(1.0));
     let p = fma(fma(e, splat(0.3125), splat(0.375)), e, splat(0.5));
-    let y = fma(y * e, p, y);
-    let e = fma(x * y, y * splat(-1.0), splat(1.0));
-    let y = fma(y * e, fma(e, splat(0.375), splat(0.5)), y);
-    let root = x * y;
-    let d = fma(root * splat(-1.0), root, x);
-    fma(d, y * splat(0.5), root)
+    let y = fma(mul(y, e), p, y);
+    let e = fma(mul(x, y), mul(y, splat(-1.0)), splat(1.0));
+    let y = fma(mul(y, e), fma(e, splat(0.375), splat(0.5)), y);
+    let root = mul(x, y);
+    let d = fma(mul(root, splat(-1.0)), root, x);
+    fma(d, mul(y, splat(0.5)), root)
 }
 
 /// (cos, sin) of a uniform angle: 52 bits within ±45 degrees, one for the sign and one to swap.
 #[inline(always)]
-fn direction(w: m256i) -> (m256d, m256d) {
-    let t = one_to_two(w) - splat(1.5) + splat(1.0 / 9_007_199_254_740_992.0); // 2⁻⁵³
-    let t2 = t * t;
-    let sin = t * polynomial(&SIN, t2);
+fn direction(w: Words) -> (Floats, Floats) {
+    let t = add(sub(one_to_two(w), splat(1.5)), splat(1.0 / 9_007_199_254_740_992.0)); // 2⁻⁵³
+    let t2 = mul(t, t);
+    let sin = mul(t, polynomial(&SIN, t2));
     let cos = fma(polynomial(&COS, t2), t2, splat(1.0));
-    let cos = as_float(as_bits(cos) ^ shl_imm_u64_m256i::<63>(w));
-    let swap = as_float(shl_imm_u64_m256i::<62>(w));
-    (blend_varying_m256d(cos, sin, swap), blend_varying_m256d(sin, cos, swap))
+    let cos = as_float(as_bits(cos) ^ shl::<63>(w));
+    let swap = shl::<62>(w);
+    (blend(cos, sin, swap), blend(sin, cos, swap))
 }
 
 /// 52 random bits as a number of [1, 2).
 #[inline(always)]
-fn one_to_two(w: m256i) -> m256d {
-    as_float(shr_imm_u64_m256i::<12>(w) | bits(ONE))
+fn one_to_two(w: Words) -> Floats {
+    as_float(shr::<12>(w) | bits(ONE))
 }
 
 /// Σ c_i x^i by Horner's rule.
 #[inline(always)]
-fn polynomial<const N: usize>(coefficients: &[f64; N], x: m256d) -> m256d {
+fn polynomial<const N: usize>(coefficients: &[f64; N], x: Floats) -> Floats {
     let mut terms = coefficients.iter().rev();
     let highest = splat(*terms.next().unwrap_or(&0.0));
     terms.fold(highest, |sum, c| fma(sum, x, splat(*c)))
@@ -203,25 +195,15 @@ fn polynomial<const N: usize>(coefficients: &[f64; N], x: m256d) -> m256d {
 
 /// The same from even and odd halves: half the latency for one more operation.
 #[inline(always)]
-fn polynomial_even_odd(coefficients: &[[f64; 2]; 10], x: m256d, x2: m256d) -> m256d {
+fn polynomial_even_odd(coefficients: &[[f64; 2]; 10], x: Floats, x2: Floats) -> Floats {
     let even = coefficients.map(|[even, _]| even);
     let odd = coefficients.map(|[_, odd]| odd);
     fma(polynomial(&odd, x2), x, polynomial(&even, x2))
 }
 
 #[inline(always)]
-fn round_even(x: m256d) -> m256d {
-    round_m256d::<8>(x) // to nearest, ties to even, no exception
-}
-
-#[inline(always)]
-fn as_bits(x: m256d) -> m256i {
-    cast_to_m256i_from_m256d(x)
-}
-
-#[inline(always)]
-fn as_float(x: m256i) -> m256d {
-    cast_to_m256d_from_m256i(x)
+fn round_even(x: Floats) -> Floats {
+    round::<8>(x) // to nearest, ties to even, no exception
 }
 
 /// Bits of 1, of a float64's fraction, and of sqrt(1/2).
@@ -278,10 +260,10 @@ mod tests {
 
     /// The two Gaussians of three words.
     fn pair(words: [u64; 3]) -> (f64, f64) {
-        let [w0, w1, w2] = words.map(|word| m256i::from([word; 4]));
+        let [w0, w1, w2] = words.map(|word| Words::from([word; 4 * FOURS]));
         let radius = radius(uniform(w0, w1));
         let (first, second) = direction(w2);
-        let (z0, z1): ([f64; 4], [f64; 4]) = ((radius * first).into(), (radius * second).into());
+        let [z0, z1] = [first, second].map(|z| <[f64; 4 * FOURS]>::from(mul(radius, z)));
         (z0[0], z1[0])
     }
 
@@ -303,18 +285,18 @@ mod tests {
     }
 
     /// Share of even integers among 2²⁰ releases of a sum half way between two integers, each by `round`.
-    fn even_share(a: f64, round: impl Fn(m256d, m256d, m256d, &Factors) -> m256d) -> f64 {
-        let factors = Factors::new(Scale::new(32.0, 1.0, 1.0).unwrap());
+    fn even_share(a: f64, round: impl Fn(Floats, Floats, Floats, Scale) -> Floats) -> f64 {
+        let scale = Scale::new(32.0, 1.0, 1.0).unwrap();
         let mut generator = Generator::new(&[3; 32]);
-        let mut words = vec![[0u64; WORDS]; 1 << 17];
+        let mut words = vec![[0u64; WORDS]; (1 << 20) / GROUP];
         generator.blocks(bytemuck::cast_slice_mut(&mut words));
         let mut even = 0u32;
         for words in &words {
-            let [w0, w1, w2]: [[u64; 4]; 3] = bytemuck::cast(*words);
-            let radius = radius(uniform(w0.into(), w1.into())) * factors.spread;
-            let (z0, z1) = direction(w2.into());
+            let [w0, w1, w2] = split(words);
+            let radius = mul(radius(uniform(w0, w1)), splat(scale.spread));
+            let (z0, z1) = direction(w2);
             for z in [z0, z1] {
-                let k: [f64; 4] = round(splat(a), radius, z, &factors).into();
+                let k: [f64; 4 * FOURS] = round(splat(a), radius, z, scale).into();
                 even += k.iter().map(|k| u32::from(*k as i64 % 2 == 0)).sum::<u32>();
             }
         }
@@ -328,8 +310,8 @@ mod tests {
             assert!((share - 0.5).abs() < 5.0 * 0.5 / 1024.0, "2^{exponent}: {share}");
         }
         // Noise added before rounding favours even integers: the check above would see it.
-        let twice = |sum: m256d, radius, z, factors: &Factors| {
-            round_even(fma(radius, z, sum * factors.to_grid))
+        let twice = |sum: Floats, radius, z, scale: Scale| {
+            round_even(fma(radius, z, mul(sum, splat(scale.to_grid))))
         };
         let share = even_share(2f64.powi(50) + 0.5, twice);
         assert!(share > 0.55, "{share}");

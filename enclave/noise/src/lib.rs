@@ -10,6 +10,7 @@ compile_error!(
 
 mod gaussian;
 mod generator;
+mod lanes;
 
 pub use gaussian::{Scale, release};
 pub use generator::Generator;
