@@ -9,6 +9,8 @@ memory layout.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +34,7 @@ from myelin.weights import pack
 
 MODELS = ("cifar_cnn", "vgg9")
 STEPS = 200
-RATE, MOMENTUM = 0.02, 0.9
+RATE, MOMENTUM = 0.001, 0.9
 UNCLIPPED = 1e6
 """A threshold above every gradient's norm."""
 
@@ -70,7 +72,7 @@ def section(models: Sequence[str], steps: int, folder: Path) -> Section:
 
 def curves(case: Case, steps: int) -> dict[str, list[float]]:
     """The losses of each system."""
-    model = load(case.layers(nn), case.shape)
+    model = started(load(case.layers(nn), case.shape))
     drawn = batches(case, steps)
     report.say(f"{case.name}: {steps} steps of ours")
     found = {"Myelin": ours(case, model, drawn)}
@@ -81,6 +83,19 @@ def curves(case: Case, steps: int) -> dict[str, list[float]]:
         report.say(f"{case.name}: {steps} steps of {name}")
         found[name] = theirs(case, model, drawn, layout)
     return found
+
+
+def started(model: Model) -> Model:
+    """With weights √6 times those that layers start with, whose variance is 1 / (3 · fan-in).
+
+    That is 2 / fan-in (He et al., 2015, equation 10): from the usual start vgg9, which has no
+    norms, stays where it is for half of the steps, and curves that do not move agree for nothing.
+    """
+    larger = {
+        name: value * np.float32(math.sqrt(6)) if value.ndim > 1 else value
+        for name, value in model.parameters.items()
+    }
+    return dataclasses.replace(model, parameters=larger)
 
 
 def batches(case: Case, steps: int) -> Batches:

@@ -1,6 +1,6 @@
 """Myelin's rows: kernels outside the cell, and whole private steps inside it.
 
-`python -m benchmarks.ours CASE MODE SECONDS` prints one JSON line; MODE is one of
+`python -m benchmarks.ours CASE MODE SECONDS PRECISION` prints one JSON line; MODE is one of
 
     outside          gradient and update without privacy, through TVM's own runtime
     outside-private  the same with norms and clipping, without noise
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("TVM_NUM_THREADS", "2")
 
@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.models import Case, case_named
 from benchmarks.step import Run, build
 from myelin import nn
-from myelin.cpu import Cpu
+from myelin.cpu import Cpu, Precision
 from myelin.model import load
 from myelin.optimizer import SGD
 from myelin.outside import Outside
@@ -40,8 +40,9 @@ OPTIMIZER = SGD(lr=0.01, momentum=0.9)
 def main() -> None:
     """Runs one mode of one case."""
     case, mode, seconds = case_named(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+    precision = cast(Precision, sys.argv[4])
     measure = _cell if mode == "cell" else _outside
-    times, peak, more = measure(case, mode, seconds)
+    times, peak, more = measure(case, mode, seconds, precision)
     median = statistics.median(times)
     print(
         json.dumps(
@@ -50,7 +51,7 @@ def main() -> None:
                 "batch": case.batch,
                 "system": "myelin",
                 "mode": mode.removesuffix("-private"),
-                "precision": "float32",
+                "precision": precision,
                 "private": mode != "outside",
                 "median_ms": 1e3 * median,
                 "examples_per_second": case.batch / median,
@@ -67,7 +68,9 @@ def _data(case: Case) -> tuple[Any, Any]:
     return x, generator.integers(0, case.classes, case.batch).astype(np.int32)
 
 
-def _outside(case: Case, mode: str, seconds: float) -> tuple[list[float], float, dict[str, Any]]:
+def _outside(
+    case: Case, mode: str, seconds: float, precision: Precision
+) -> tuple[list[float], float, dict[str, Any]]:
     cpu = Cpu.native()
     model = load(case.layers(nn), np.zeros((1, *case.shape), np.float32))
     program = compile_training(
@@ -76,6 +79,7 @@ def _outside(case: Case, mode: str, seconds: float) -> tuple[list[float], float,
         optimizer=OPTIMIZER,
         batch=case.batch,
         cpu=cpu,
+        precision=precision,
         private=mode != "outside",
     )
     outside = Outside(program, cpu)
@@ -92,12 +96,14 @@ def _outside(case: Case, mode: str, seconds: float) -> tuple[list[float], float,
     return times, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, {}
 
 
-def _cell(case: Case, mode: str, seconds: float) -> tuple[list[float], float, dict[str, Any]]:
+def _cell(
+    case: Case, mode: str, seconds: float, precision: Precision
+) -> tuple[list[float], float, dict[str, Any]]:
     """Records = batch, so sample_rate is 1 and a step exactly one physical batch."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         start = time.perf_counter()
-        built = build(case, case.batch, folder / "whole")
+        built = build(case, case.batch, folder / "whole", precision=precision)
         facts = {
             "build_seconds": time.perf_counter() - start,
             "image_bytes": len(built.image.content),
@@ -112,7 +118,8 @@ def _cell(case: Case, mode: str, seconds: float) -> tuple[list[float], float, di
         times, peak = run.times(seconds), peak_mib(run.cell.pid)
         run.cell.close()
         # The same without kernels: what is left is gather, sampling and noise.
-        bare = build(case, case.batch, folder / "bare", "gradient", "update")
+        parts = ("gradient", "update")
+        bare = build(case, case.batch, folder / "bare", *parts, precision=precision)
         run = Run(bare, case, case.batch, "process").load()
         left = run.step()
         run.cell.close()

@@ -46,8 +46,7 @@ def throughput(models: Mapping[str, Mapping[str, float]], folder: Path) -> Path:
     axes[0].invert_yaxis()
     axes[0].set_xlabel("examples per second ÷ PyTorch float32, not private, at its best")
     axes[0].margins(x=0.25)
-    axes[0].legend(loc="upper center", bbox_to_anchor=(0.4, 1.0), frameon=False, ncols=2)
-    axes[0].set_ylim(top=-3.2)
+    figure.legend(loc="outside upper left", frameon=False, ncols=3)
     return _save(figure, folder, "throughput")
 
 
@@ -76,7 +75,7 @@ def layers(models: Mapping[str, Mapping[str, tuple[float, float]]], folder: Path
 
 def scaling(panels: Mapping[str, tuple[Sequence[float], Sequence[float]]], folder: Path) -> Path:
     """A line of (xs, ys) a panel, xs by powers of two."""
-    figure, axes = _axes(len(panels), 2.9, across=True)
+    figure, axes = _axes(len(panels), 2.7 * -(-len(panels) // 2), across=2)
     for panel, (title, (xs, ys)) in zip(axes, panels.items(), strict=True):
         panel.plot(xs, ys, "o-", color=OURS)
         panel.set_xscale("log", base=2)
@@ -90,7 +89,7 @@ def scaling(panels: Mapping[str, tuple[Sequence[float], Sequence[float]]], folde
 
 def losses(models: Mapping[str, Mapping[str, Sequence[float]]], folder: Path) -> Path:
     """Loss curves, a panel a model."""
-    figure, axes = _axes(len(models), 2.9, across=True)
+    figure, axes = _axes(len(models), 2.9, across=len(models))
     for panel, (model, curves) in zip(axes, models.items(), strict=True):
         styles = [(OURS, "-"), (PEER, "--"), (DARK, ":")]
         for (name, values), (colour, style) in zip(curves.items(), styles, strict=False):
@@ -102,10 +101,11 @@ def losses(models: Mapping[str, Mapping[str, Sequence[float]]], folder: Path) ->
 
 
 def _axes(
-    count: int, height: float, *, across: bool = False, ratios: Sequence[float] | None = None
+    count: int, height: float, *, across: int = 1, ratios: Sequence[float] | None = None
 ) -> tuple[Any, list[Any]]:
     figure, axes = pyplot.subplots(
-        *((1, count) if across else (count, 1)),
+        -(-count // across),
+        across,
         figsize=(9, height),
         squeeze=False,
         layout="constrained",

@@ -24,7 +24,7 @@ import myelin
 from benchmarks.models import Case, case_named
 from myelin import nn, recipe, seal
 from myelin.cell import Cell
-from myelin.cpu import Cpu
+from myelin.cpu import Cpu, Precision
 from myelin.enclave import Enclave
 from myelin.evidence import Evidence
 from myelin.grant import grant
@@ -33,7 +33,9 @@ REPEATS, MOST_STEPS = 5, 4_000
 NONCE = bytes(32)
 
 
-def build(case: Case, records: int, folder: Path, *left_out: str) -> recipe.Build:
+def build(
+    case: Case, records: int, folder: Path, *left_out: str, precision: Precision = "float32"
+) -> recipe.Build:
     """An image whose programs of these names are empty."""
 
     def compiled(*args: Any, **options: Any) -> Any:
@@ -50,6 +52,7 @@ def build(case: Case, records: int, folder: Path, *left_out: str) -> recipe.Buil
             batch=case.batch,
             records=records,
             cpu=Cpu.native().level,
+            precision=precision,
             directory=folder,
         )
 

@@ -165,7 +165,7 @@ def test_our_kernels_and_pytorch_train_alike_from_the_same_start() -> None:
     found = accuracy.curves(TINY, 12)
     assert list(found) == ["Myelin", "PyTorch", "PyTorch, channels_last"]
     first, *others = found.values()
-    assert first[0] == pytest.approx(np.log(10), abs=0.5)
+    assert np.log(10) < first[0] < 4
     assert first[-1] < first[0]
     for other in others:
         np.testing.assert_allclose(first, other, rtol=1e-4)

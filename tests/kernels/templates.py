@@ -1,3 +1,5 @@
+import numpy as np
+
 from myelin.kernels import clipping, elementwise, layout, linear, loss, mixed, reduce, update
 
 
@@ -31,3 +33,14 @@ def every_template(cpu):
             "squared_norm_bf16": mixed.squared_norm(cpu, m, 4000, n, bias=True),
         }
     return found
+
+
+def data(*shape, seed=0):
+    """Standard normal float32."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def assert_close(value, true, scale):
+    """`scale` is Σ |terms| for each element: what rounding errors of float32 are relative to."""
+    assert value.shape == true.shape
+    assert np.all(np.abs(value - true) <= 1e-6 * scale + 1e-30)

@@ -4,6 +4,7 @@ import torch
 import tvm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from templates import assert_close, data
 
 from myelin.cpu import Cpu
 from myelin.kernels import linear
@@ -20,16 +21,6 @@ sizes = st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 70))
 layers = pytest.mark.parametrize(
     ("m", "k", "n"), [(256, 30, 1), (64, 128, 10), (33, 100, 50), (1, 17, 33), (70, 65, 97)]
 )
-
-
-def data(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def assert_close(value, true, scale):
-    """`scale` is Σ |terms| for each element: what rounding errors are relative to."""
-    assert value.shape == true.shape
-    assert np.all(np.abs(value - true) <= 1e-6 * scale + 1e-30)
 
 
 def check_product(cpu, call, m, k, n):

@@ -1,10 +1,11 @@
-"""Products of bfloat16 operands, against float64 products of operands that NumPy rounded."""
+"""Products of bfloat16 operands, against float64 products of operands that PyTorch rounded."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from templates import assert_close, data
 
 from myelin.cpu import LEVELS, machine_features
 from myelin.kernels import mixed
@@ -36,16 +37,6 @@ def cpu():
 def rounded(values):
     """To bfloat16 by PyTorch, as float64."""
     return torch.tensor(values).to(torch.bfloat16).double().numpy()
-
-
-def data(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def assert_close(value, true, scale):
-    """`scale` is Σ |terms| for each element: what rounding errors of float32 are relative to."""
-    assert value.shape == true.shape
-    assert np.all(np.abs(value - true) <= 1e-6 * scale + 1e-30)
 
 
 def check(cpu, call, m, k, n):
