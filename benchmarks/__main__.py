@@ -182,10 +182,11 @@ def speed(rows: list[dict[str, Any]], folder: Path) -> Section:
             ),
             Table(
                 title="Images",
-                columns=("model", "KiB", "build s", "launch to first evidence, ms"),
+                columns=("model", "precision", "KiB", "build s", "launch to first evidence, ms"),
                 rows=[
                     (
                         row["model"],
+                        row["precision"],
                         f"{row['image_bytes'] / 1024:.0f}",
                         f"{row['build_seconds']:.1f}",
                         f"{row['launch_ms']:.1f}",
@@ -193,6 +194,7 @@ def speed(rows: list[dict[str, Any]], folder: Path) -> Section:
                     for row in rows
                     if "launch_ms" in row
                 ],
+                words=2,
             ),
         ],
         pictures=[("Examples per second", pictures.throughput(bars(rows), folder))],
