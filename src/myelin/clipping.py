@@ -27,7 +27,7 @@ from myelin import planner
 from myelin.cpu import Cpu, Precision
 from myelin.kernels import clipping as clip_kernels
 from myelin.kernels import conv as conv_kernels
-from myelin.kernels import linear, mixed
+from myelin.kernels import linear, mixed, mixed_conv
 from myelin.kernels import normalise as normalise_kernels
 from myelin.kernels.conv import Conv
 from myelin.planner import Method
@@ -35,6 +35,9 @@ from myelin.training import HYPER, Layer, Objective, kernel, layers, rebuild, re
 
 LINEAR: Mapping[Precision, Any] = {"float32": linear, "bf16": mixed}
 """The templates of linear layers' products and norms, by the precision of products."""
+
+CONV: Mapping[Precision, Any] = {"float32": conv_kernels, "bf16": mixed_conv}
+"""Of convolutions: forward, backward data and stored gradients."""
 
 NORMS = 11
 """Norms that one kernel takes: 14 arguments less mask, hyper and the result."""

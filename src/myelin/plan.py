@@ -134,7 +134,8 @@ def _plan(
         return [Value(Buffer(bytes=p.bytes, offset=at + p.offset), p.stored) for p in parameters]
 
     methods = dict(clipping.methods(forward, objective))
-    library = Kernels(cpu=cpu, linear=clipping.LINEAR[objective.precision])
+    precision = objective.precision
+    library = Kernels(cpu=cpu, linear=clipping.LINEAR[precision], conv=clipping.CONV[precision])
     x = Value(fixed("x"), (batch, *model.input))
     labels = Value(fixed("y"), (batch,) if label_bytes == 4 else (batch, model.outputs))
     mask, hyper = Value(fixed("mask"), (batch,)), Value(fixed("hyper"), (HYPER,))
@@ -244,10 +245,11 @@ class Lazy:
 
 @dataclass(kw_only=True)
 class Kernels:
-    """The kernels of a program, each shape once; `linear` holds the templates of products."""
+    """The kernels of a program, each shape once; `linear` and `conv` are templates of products."""
 
     cpu: Cpu
     linear: Any
+    conv: Any
     functions: dict[str, Any] = field(default_factory=dict)
     costs: dict[str, tuple[float, float]] = field(default_factory=dict)
     _names: dict[Any, str] = field(default_factory=dict)
@@ -284,7 +286,7 @@ class Lowering:
         """Prepare for `run`; kernels go to `library`."""
         self.library = library
         self.cpu = library.cpu
-        self.linear = library.linear
+        self.linear, self.conv = library.linear, library.conv
         self.function = function
         self.steps: list[tuple[str, tuple[Buffer, ...]]] = []
         self.values: dict[Any, Value | Lazy | tuple[Value, ...]] = {}
@@ -666,7 +668,7 @@ def _conv2d(low: Lowering, var: Any, call: Any) -> None:
     x = low.padded(low.value(call.args[0]), conv)
     w = low.value(call.args[1])
     out = low.new(low.target(var), (conv.n, conv.oh, conv.ow, conv.co))
-    build = lambda: conv_kernels.forward(low.cpu, conv, bias=bias is not None)  # noqa: E731
+    build = lambda: low.conv.forward(low.cpu, conv, bias=bias is not None)  # noqa: E731
     inputs = [x, w] if bias is None else [x, w, bias]
     low.emit("conv", ("conv", conv, bias is None), build, inputs, [out], **_product(conv, conv.co))
     low.finish(var, out)
@@ -677,7 +679,7 @@ def _conv2d_transpose(low: Lowering, var: Any, call: Any) -> None:
     conv = _conv_of(_dims(var), _dims(call.args[1]), call.attrs)
     d, w = low.value(call.args[0]), low.value(call.args[1])
     out = low.new(var, (conv.n, conv.h, conv.w, conv.ci))
-    build = lambda: conv_kernels.backward_data(low.cpu, conv)  # noqa: E731
+    build = lambda: low.conv.backward_data(low.cpu, conv)  # noqa: E731
     low.emit(
         "conv_backward", ("conv_backward", conv), build, [d, w], [out], **_product(conv, conv.ci)
     )
@@ -888,7 +890,7 @@ def _conv_stored(low: Lowering, var: Any, call: Any) -> None:
     conv = clipping.from_fields(_attributes(call))
     x, d = (low.value(v) for v in _operands(call))
     outs = _pair(low, (conv.n, conv.weights), (conv.n,))
-    build = lambda: conv_kernels.stored_gradient(low.cpu, conv)  # noqa: E731
+    build = lambda: low.conv.stored_gradient(low.cpu, conv)  # noqa: E731
     low.emit(
         "conv_stored",
         ("conv_stored", conv),

@@ -18,6 +18,10 @@ os.environ.setdefault("TVM_NUM_THREADS", "2")
 GENERIC = [cpu for cpu in LEVELS if cpu.runtime == cpu.level]
 
 
+# What stands in memory before: not a number, or two that are none.
+UNSET = {"float32": (np.nan, np.float32), "int32": (0x7FC07FC0, np.int32)}
+
+
 @pytest.fixture(params=GENERIC, ids=lambda cpu: cpu.level)
 def cpu(request):
     missing = request.param.missing(machine_features())
@@ -38,7 +42,10 @@ def call(cpu):
         shapes = [tuple(int(extent) for extent in p.ty.shape) for p in kernel.params]
         assert len(inputs) + outputs == len(shapes)
         arrays = [np.ascontiguousarray(a).reshape(s) for a, s in zip(inputs, shapes, strict=False)]
-        arrays += [np.full(shape, np.nan, np.float32) for shape in shapes[len(inputs) :]]
+        arrays += [
+            np.full(shape, *UNSET[str(parameter.ty.dtype)])
+            for shape, parameter in list(zip(shapes, kernel.params, strict=True))[len(inputs) :]
+        ]
         tensors = [tvm.runtime.tensor(array) for array in arrays]
         kernel_object.library({"kernel": kernel}, cpu)["kernel"](*tensors)
         results = [tensor.numpy() for tensor in tensors]

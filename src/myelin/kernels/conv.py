@@ -113,7 +113,7 @@ def pad(cpu: Cpu, conv: Conv) -> Any:
     with Kernel(x=(conv.n, conv.h, conv.w, conv.ci), xp=_padded(conv)) as kernel:
         x, xp = kernel.buffers
         with T.parallel(conv.n) as i:
-            for h, w, inside in _bordered((top, conv.h, bottom), (left, conv.w, right)):
+            for h, w, inside in bordered_pixels((top, conv.h, bottom), (left, conv.w, right)):
                 for c, lanes in vectors(conv.ci, cpu.lanes):
                     image = load(x, i, h - top, w - left, c, lanes=lanes) if inside else None
                     store(xp, splat(0.0, lanes) if image is None else image, i, h, w, c)
@@ -130,7 +130,7 @@ def forward(cpu: Cpu, conv: Conv, *, bias: bool) -> Any:
         xp, w, *b, y = kernel.buffers
         with T.parallel(conv.n) as i:
             for co, widths in _channels(cpu, conv.co):
-                for oh, ow, block in _blocks(cpu, conv.oh, conv.ow, widths):
+                for oh, ow, block in pixel_blocks(cpu, conv.oh, conv.ow, widths):
                     tile = Tile(len(block), widths)
                     pixels = [(oh + h, ow + v) for h, v in block]
                     if b:
@@ -155,7 +155,7 @@ def backward_data(cpu: Cpu, conv: Conv) -> Any:
     """
     if winograd.suits(cpu, conv):
         return winograd.backward_data(cpu, conv)
-    rows, columns = _axes(conv)
+    rows, columns = axes(conv)
     bordered = conv.n * rows.length * columns.length * conv.co
 
     def adjoint(i: Any, h: Any, w: Any, co: Any) -> Any:
@@ -169,7 +169,7 @@ def backward_data(cpu: Cpu, conv: Conv) -> Any:
     with Kernel(d=_output(conv), w=_weight(conv), scratch=scratch_shape, dx=image) as kernel:
         d, w, scratch, dx = kernel.buffers
         with T.parallel(conv.n) as i:
-            for h, v, inside in _bordered(rows.border, columns.border):
+            for h, v, inside in bordered_pixels(rows.border, columns.border):
                 for co, lanes in vectors(conv.co, cpu.lanes):
                     at = (i, h - rows.border[0], v - columns.border[0], co)
                     value = load(d, *at, lanes=lanes) if inside else splat(0.0, lanes)
@@ -182,7 +182,7 @@ def backward_data(cpu: Cpu, conv: Conv) -> Any:
         with T.parallel(conv.n) as i:
             for ci, widths in _channels(cpu, conv.ci):
                 for across, along in product(rows.phases(), columns.phases()):
-                    for q, r, block in _blocks(cpu, across.size, along.size, widths):
+                    for q, r, block in pixel_blocks(cpu, across.size, along.size, widths):
                         tile = Tile(len(block), widths)
                         h, v = across.source(q), along.source(r)
                         for th, tw, co in steps(across.taps, along.taps, conv.co):
@@ -217,13 +217,13 @@ def stored_gradient(cpu: Cpu, conv: Conv) -> Any:
         with T.parallel(conv.n) as i:
             norm = SquaredNorm()
             for co, widths in _channels(cpu, conv.co):
-                kws, cis = _tap_segments(cpu, conv, len(widths))
+                kws, cis = tap_segments(cpu, conv, len(widths))
                 with norm.part(widths) as add, serial(conv.kh) as kh:
-                    for kw, ci, taps in _tap_tiles(kws, cis):
+                    for kw, ci, taps in tap_tiles(kws, cis):
                         tile = _correlate(conv, xp, d, i, (kh, kw, ci, co), taps, widths)
                         for row, vector, offset, _ in tile.cells():
                             v, c = taps[row]
-                            at = _flat(conv, kh, kw + v, ci + c, co + offset)
+                            at = flat(conv, kh, kw + v, ci + c, co + offset)
                             store(g, tile.get(row, vector), i, at)
                         for vector, column in tile.columns():
                             add(vector, column)
@@ -273,12 +273,12 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
                         store(scratch, splat(0.0, lanes), at)
                     with serial(runs.size) as example:
                         i = runs.at(run) + example
-                        for kw, ci, taps in _tap_tiles(kws, cis):
+                        for kw, ci, taps in tap_tiles(kws, cis):
                             tile = _correlate(conv, xp, d, i, (kh, kw, ci, co), taps, widths)
                             factor = T.bind(load(c, i))
                             for row, vector, offset, lanes in tile.cells():
                                 v, ch = taps[row]
-                                at = _flat(conv, kh, kw + v, ci + ch, co + offset)
+                                at = flat(conv, kh, kw + v, ci + ch, co + offset)
                                 clipped = splat(factor, lanes) * tile.get(row, vector)
                                 out = splat(factor, lanes) == splat(0.0, lanes)
                                 kept = select(out, splat(0.0, lanes), clipped)
@@ -304,7 +304,7 @@ def _weight(conv: Conv) -> tuple[int, ...]:
     return conv.kh, conv.kw, conv.ci, conv.co
 
 
-def _flat(conv: Conv, kh: Any, kw: Any, ci: Any, co: Any) -> Any:
+def flat(conv: Conv, kh: Any, kw: Any, ci: Any, co: Any) -> Any:
     return ((kh * conv.kw + kw) * conv.ci + ci) * conv.co + co
 
 
@@ -324,7 +324,7 @@ def _channels(cpu: Cpu, count: int) -> Iterator[tuple[Any, tuple[int, ...]]]:
             yield segment.at(block), widths
 
 
-def _bordered(
+def bordered_pixels(
     rows: tuple[int, int, int], columns: tuple[int, int, int]
 ) -> Iterator[tuple[Any, Any, bool]]:
     """(row, column, inside) of an image in its border; sizes are (before, image, after)."""
@@ -333,7 +333,7 @@ def _bordered(
             yield sum(rows[:a]) + h, sum(columns[:b]) + v, a == b == 1
 
 
-def _blocks(
+def pixel_blocks(
     cpu: Cpu, height: int, width: int, widths: Sequence[int]
 ) -> Iterator[tuple[Any, Any, list[tuple[int, int]]]]:
     """Covers height × width pixels by rectangles that fit the registers, vectors of `widths` each.
@@ -369,7 +369,7 @@ def _blocks(
 # Backward data
 
 
-def _axes(conv: Conv) -> tuple[_Axis, _Axis]:
+def axes(conv: Conv) -> tuple[_Axis, _Axis]:
     top, left = conv.padding[:2]
     sh, sw = conv.stride
     return (
@@ -444,14 +444,14 @@ def _rows(cpu: Cpu, count: int) -> int:
     return (MOST_SQUARES if cpu.lanes == 16 else 8) // count
 
 
-def _tap_segments(cpu: Cpu, conv: Conv, count: int) -> tuple[list[Segment], list[Segment]]:
+def tap_segments(cpu: Cpu, conv: Conv, count: int) -> tuple[list[Segment], list[Segment]]:
     """Kernel columns and input channels split into register tiles, `count` vectors a row."""
     rows = _rows(cpu, count)
     columns = max(1, min(conv.kw, rows // conv.ci))
     return segments(conv.kw, columns), segments(conv.ci, min(conv.ci, rows))
 
 
-def _tap_tiles(
+def tap_tiles(
     kws: Sequence[Segment], cis: Sequence[Segment]
 ) -> Iterator[tuple[Any, Any, list[tuple[int, int]]]]:
     """(kernel column, input channel, (column, channel) of each row from there) of tiles."""
@@ -471,7 +471,7 @@ def _weight_vectors(
     """(flat index, lanes) of every vector of a task's part of the weight."""
     for columns, rows in product(kws, cis):
         for a, v, b, c in grid(columns.count, columns.size, rows.count, rows.size):
-            at = _flat(conv, kh, columns.at(a) + v, rows.at(b) + c, co)
+            at = flat(conv, kh, columns.at(a) + v, rows.at(b) + c, co)
             for vector, lanes in enumerate(widths):
                 yield at + sum(widths[:vector]), lanes
 
@@ -485,7 +485,7 @@ def _gradient_tasks(
     over a few threads allows, because each task reads all activations.
     """
     for channels, widths in channel_groups(conv.co, cpu.lanes):
-        kws, cis = _tap_segments(cpu, conv, len(widths))
+        kws, cis = tap_segments(cpu, conv, len(widths))
         splits: list[list[tuple[Segment | None, Segment | None]]] = [
             [(None, None)],
             [(columns, None) for columns in kws],

@@ -83,9 +83,9 @@ class Tile:
             for vector, (offset, width) in enumerate(self.vectors()):
                 yield row, vector, offset, width
 
-    def get(self, row: int, vector: int) -> Any:
-        """The value of an accumulator."""
-        return load(self._cells[row][vector], 0, lanes=self.widths[vector])
+    def get(self, row: int, vector: int, lanes: int | None = None) -> Any:
+        """The value of an accumulator, or of its first `lanes`."""
+        return load(self._cells[row][vector], 0, lanes=lanes or self.widths[vector])
 
     def set(self, row: int, vector: int, value: Any) -> None:
         """Overwrites an accumulator."""
