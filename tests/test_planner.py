@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from myelin import nn, planner
+from myelin import cost, nn, planner
 from myelin.cpu import Cpu
 from myelin.kernels.conv import Conv
 from myelin.model import load
@@ -17,7 +17,7 @@ LARGE = Conv(n=64, h=32, w=32, ci=64, co=64, kh=3, kw=3, padding=(1, 1, 1, 1))
 DEEP = Conv(n=64, h=8, w=8, ci=256, co=256, kh=3, kw=3, padding=(1, 1, 1, 1))
 
 
-@pytest.mark.parametrize("level", planner.RATES)
+@pytest.mark.parametrize("level", cost.RATES)
 def test_large_images_store_and_deep_layers_do_not(level):
     """Measured: 14.6 against 59 ms, and 21.6 against 16.4."""
     assert planner.store({"a": LARGE, "b": DEEP}, level, 1 << 40) == {"a"}
@@ -32,12 +32,6 @@ def test_the_budget_holds_for_all_layers_together(channels, budget):
     stored = planner.store(convs, "x86-64-v4", budget)
     assert sum(4 * convs[name].n * convs[name].weights for name in stored) <= budget
     assert planner.store(convs, "x86-64-v4", 1 << 40) >= stored
-
-
-def test_time_is_the_longer_of_computing_and_moving():
-    rates = planner.RATES["x86-64-v4"]
-    assert math.isclose(rates.milliseconds(rates.gflops, 0), 1000 + rates.call_ms)
-    assert rates.milliseconds(0, 1 << 30) > 1e3 * (1 << 30) / 1e9 / rates.cache_gbytes
 
 
 def test_a_program_has_a_decision_for_every_call():
@@ -62,5 +56,7 @@ def test_a_program_has_a_decision_for_every_call():
     assert rows["linear"].bytes == 4 * (4 * 144 + 144 * 3 + 3 + 4 * 3)
     assert rows["linear_norm"].method == "product"
     assert all(d.ms > 0 for d in program.decisions)
+    assert rows["conv"].algorithm == "direct"
+    assert (rows["conv"].threads, rows["linear"].threads) == (2, 1)
     assert dict(small.clipping)["0"] == "gram"
     assert any(d.layer == "0" and "conv_gram" in d.kernel for d in small.decisions)

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tvm import DataType, ir, relax
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
-from myelin import clipping, planner, training
+from myelin import clipping, cost, planner, training
+from myelin.cost import Work
 from myelin.cpu import Cpu, Precision
 from myelin.errors import ModelRefused
 from myelin.kernels import (
@@ -35,7 +36,7 @@ from myelin.kernels import conv as conv_kernels
 from myelin.kernels import object as kernel_object
 from myelin.kernels.conv import Conv
 from myelin.kernels.pool import Pool
-from myelin.kernels.tir import select, splat
+from myelin.kernels.tir import is_parallel, select, splat
 from myelin.model import Model
 from myelin.optimizer import Optimizer
 from myelin.outside import Outside
@@ -48,6 +49,8 @@ __all__ = ["Outside", "Program", "compile_training"]
 
 Shape = tuple[int, ...]
 
+THREADS = 2
+"""Threads that times are predicted for; an image runs on as many as it was built with."""
 ARENA_LIMIT = (1 << 32) - 64
 """Bytes of an arena: the enclave keeps offsets in 32 bits."""
 
@@ -135,7 +138,12 @@ def _plan(
 
     methods = dict(clipping.methods(forward, objective))
     precision = objective.precision
-    library = Kernels(cpu=cpu, linear=clipping.LINEAR[precision], conv=clipping.CONV[precision])
+    library = Kernels(
+        cpu=cpu,
+        precision=precision,
+        linear=clipping.LINEAR[precision],
+        conv=clipping.CONV[precision],
+    )
     x = Value(fixed("x"), (batch, *model.input))
     labels = Value(fixed("y"), (batch,) if label_bytes == 4 else (batch, model.outputs))
     mask, hyper = Value(fixed("mask"), (batch,)), Value(fixed("hyper"), (HYPER,))
@@ -205,14 +213,16 @@ def _decisions(
     rows = []
     for layer, (name, buffers) in zip(direct, lowering.steps, strict=True):
         found = layer or next((readers[id(b)] for b in reversed(buffers) if id(b) in readers), "")
-        gflop, ms = lowering.library.costs[name]
+        known = lowering.library.costs[name]
         rows.append(
             Decision(
                 layer=found,
                 kernel=name,
                 method=methods.get(found, "none"),
-                gflop=gflop,
-                ms=ms,
+                algorithm=known.work.how,
+                threads=known.threads,
+                gflop=known.work.gflop,
+                ms=known.ms,
                 bytes=sum(b.bytes for b in buffers),
             )
         )
@@ -243,15 +253,25 @@ class Lazy:
     stored: Shape
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a kernel does, the milliseconds it should take, and how many threads it runs on."""
+
+    work: Work
+    ms: float
+    threads: int
+
+
 @dataclass(kw_only=True)
 class Kernels:
     """The kernels of a program, each shape once; `linear` and `conv` are templates of products."""
 
     cpu: Cpu
+    precision: Precision
     linear: Any
     conv: Any
     functions: dict[str, Any] = field(default_factory=dict)
-    costs: dict[str, tuple[float, float]] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
     _names: dict[Any, str] = field(default_factory=dict)
 
     def add(
@@ -259,23 +279,25 @@ class Kernels:
         label: str,
         key: tuple[Any, ...],
         build: Callable[[], Any],
-        gflop: float | None = None,
-        channels: int | None = None,
+        work: Work | None = None,
+        moved: int | None = None,
     ) -> str:
         """The name of the kernel with this key, built if it is new.
 
-        `costs` keeps its 10⁹ operations (one a number of the result unless given) and milliseconds;
-        `channels` are the numbers of a row of a product's result.
+        `work` is one instruction for each vector of its arguments unless given; `moved` are bytes
+        that it reads or writes, those of all its arguments unless given.
         """
         if key not in self._names:
             name = f"k{len(self.functions)}_{label}"
             self._names[key] = name
             function = self.functions[name] = build().with_attr("global_symbol", name)
-            sizes = kernel_object.argument_bytes(function)
-            rates = planner.RATES[self.cpu.level]
-            gflop = sizes[-1] / 4e9 if gflop is None else gflop
-            narrow = channels is not None and channels <= rates.lanes
-            self.costs[name] = (gflop, rates.milliseconds(gflop, sum(sizes), narrow=narrow))
+            size = sum(kernel_object.argument_bytes(function))
+            work = work or cost.elementwise(self.cpu, size // 4, 1)
+            threads = THREADS if is_parallel(function) else 1
+            ms = cost.RATES[self.cpu.level].milliseconds(
+                work, size if moved is None else moved, threads=threads
+            )
+            self.costs[name] = Cost(work=work, ms=ms, threads=threads)
         return self._names[key]
 
 
@@ -287,6 +309,7 @@ class Lowering:
         self.library = library
         self.cpu = library.cpu
         self.linear, self.conv = library.linear, library.conv
+        self.precision = library.precision
         self.function = function
         self.steps: list[tuple[str, tuple[Buffer, ...]]] = []
         self.values: dict[Any, Value | Lazy | tuple[Value, ...]] = {}
@@ -349,11 +372,11 @@ class Lowering:
         inputs: Sequence[Value],
         outputs: Sequence[Value],
         *,
-        gflop: float | None = None,
-        channels: int | None = None,
+        work: Work | None = None,
     ) -> None:
         """Append a call: inputs, then a scratch vector where the template has one, then outputs."""
-        name = self.library.add(label, key, build, gflop, channels)
+        moved = sum(v.buffer.bytes for v in (*inputs, *outputs))
+        name = self.library.add(label, key, build, work, moved)
         sizes = kernel_object.argument_bytes(self.library.functions[name])
         scratch = sizes[len(inputs) : len(sizes) - len(outputs)]
         buffers = [
@@ -380,7 +403,8 @@ class Lowering:
                 (conv.n, conv.hp, conv.wp, conv.ci),
             )
             build = lambda: conv_kernels.pad(self.cpu, conv)  # noqa: E731
-            self.emit("pad", ("pad", conv), build, [x], [xp])
+            work = cost.copy(self.cpu, math.prod(xp.stored), cold=xp.buffer.bytes)
+            self.emit("pad", ("pad", conv), build, [x], [xp], work=work)
             self._padded[key] = xp
         return self._padded[key]
 
@@ -406,14 +430,16 @@ class Lowering:
         """A copy of x, channels first of the given shape, in the order images are stored in."""
         y = self.temporary(_stored(shape))
         build = lambda: layout.nhwc(self.cpu, *shape)  # noqa: E731
-        self.emit("nhwc", ("nhwc", shape), build, [x], [y])
+        work = cost.copy(self.cpu, math.prod(shape), scalar=True)
+        self.emit("nhwc", ("nhwc", shape), build, [x], [y], work=work)
         return y
 
     def channels_first(self, x: Value, shape: Shape) -> Value:
         """A copy of an image as stored, of Relax's shape, in channels-first order."""
         y = self.temporary(shape)
         build = lambda: layout.nchw(self.cpu, *_stored(shape))  # noqa: E731
-        self.emit("nchw", ("nchw", shape), build, [x], [y])
+        work = cost.copy(self.cpu, math.prod(shape), scalar=True)
+        self.emit("nchw", ("nchw", shape), build, [x], [y], work=work)
         return y
 
     def map(
@@ -498,12 +524,12 @@ class Lowering:
         out = self.new(var, lazy.stored)
         shapes = tuple(v.stored for v in inputs)
         label = operator(lazy.call).rpartition(".")[2]
-        work = _operations(key)
+        operations = _operations(key)
         kernel = lambda: elementwise.map(  # noqa: E731
-            self.cpu, shapes, lazy.stored, lambda *loaded: build(loaded), operations=work
+            self.cpu, shapes, lazy.stored, lambda *loaded: build(loaded), operations=operations
         )
-        gflop = 1e-9 * work * math.prod(lazy.stored)
-        self.emit(label, ("map", shapes, lazy.stored, key), kernel, inputs, [out], gflop=gflop)
+        work = cost.elementwise(self.cpu, math.prod(lazy.stored), operations)
+        self.emit(label, ("map", shapes, lazy.stored, key), kernel, inputs, [out], work=work)
         return out
 
     def _expression(
@@ -638,7 +664,7 @@ def _matmul(low: Lowering, var: Any, call: Any) -> None:
             build,
             inputs,
             [out],
-            gflop=2e-9 * m * k * n,
+            work=cost.matrix(low.cpu, m, n, k, low.precision, scalar=True),
         )
         low.values[var] = out
         return
@@ -647,9 +673,8 @@ def _matmul(low: Lowering, var: Any, call: Any) -> None:
     out = low.new(low.target(var), (*rows[:-1], n))
     build = lambda: low.linear.matmul(low.cpu, m, k, n, bias=bias is not None)  # noqa: E731
     inputs = [x, w] if bias is None else [x, w, bias]
-    low.emit(
-        "linear", ("linear", m, k, n, bias is None), build, inputs, [out], gflop=2e-9 * m * k * n
-    )
+    work = cost.matrix(low.cpu, m, k, n, low.precision)
+    low.emit("linear", ("linear", m, k, n, bias is None), build, inputs, [out], work=work)
     low.finish(var, out)
 
 
@@ -670,7 +695,9 @@ def _conv2d(low: Lowering, var: Any, call: Any) -> None:
     out = low.new(low.target(var), (conv.n, conv.oh, conv.ow, conv.co))
     build = lambda: low.conv.forward(low.cpu, conv, bias=bias is not None)  # noqa: E731
     inputs = [x, w] if bias is None else [x, w, bias]
-    low.emit("conv", ("conv", conv, bias is None), build, inputs, [out], **_product(conv, conv.co))
+    how = planner.product(low.cpu, conv)
+    work = cost.forward(low.cpu, conv, how)
+    low.emit("conv", ("conv", conv, bias is None), build, inputs, [out], work=work)
     low.finish(var, out)
 
 
@@ -680,9 +707,9 @@ def _conv2d_transpose(low: Lowering, var: Any, call: Any) -> None:
     d, w = low.value(call.args[0]), low.value(call.args[1])
     out = low.new(var, (conv.n, conv.h, conv.w, conv.ci))
     build = lambda: low.conv.backward_data(low.cpu, conv)  # noqa: E731
-    low.emit(
-        "conv_backward", ("conv_backward", conv), build, [d, w], [out], **_product(conv, conv.ci)
-    )
+    how = planner.product(low.cpu, conv)
+    work = cost.backward_data(low.cpu, conv, how)
+    low.emit("conv_backward", ("conv_backward", conv), build, [d, w], [out], work=work)
     low.values[var] = out
 
 
@@ -734,7 +761,8 @@ def _pool(low: Lowering, var: Any, call: Any) -> None:
     out = low.new(var, (window.n, window.oh, window.ow, window.c))
     template = pool.max_forward if "max" in operator(call) else pool.average_forward
     build = lambda: template(low.cpu, window)  # noqa: E731
-    low.emit("pool", (template.__name__, window), build, [x], [out])
+    work = cost.pooling(low.cpu, window, backward=False)
+    low.emit("pool", (template.__name__, window), build, [x], [out], work=work)
     low.values[var] = out
 
 
@@ -746,7 +774,8 @@ def _pool_adjoint(low: Lowering, var: Any, call: Any) -> None:
     template = pool.max_backward if largest else pool.average_backward
     inputs = [low.value(call.args[1]), d] if largest else [d]
     build = lambda: template(low.cpu, window)  # noqa: E731
-    low.emit("pool_backward", (template.__name__, window), build, inputs, [out])
+    work = cost.pooling(low.cpu, window, backward=largest)
+    low.emit("pool_backward", (template.__name__, window), build, inputs, [out], work=work)
     low.values[var] = out
 
 
@@ -800,7 +829,8 @@ def _normalise(low: Lowering, var: Any, call: Any) -> None:
     view = _groups(x.stored, groups, min(int(axis) % len(x.stored) for axis in call.attrs.axes))
     out, stats = low.new(var, x.stored), low.temporary((view[0], 2, view[2] * view[3]))
     build = lambda: normalise.forward(low.cpu, *view, epsilon=epsilon)  # noqa: E731
-    low.emit("normalise", ("normalise", view, epsilon), build, [x], [stats, out])
+    work = cost.statistics(low.cpu, view[0] * view[1], view[2] * view[3], 28)
+    low.emit("normalise", ("normalise", view, epsilon), build, [x], [stats, out], work=work)
     low.spreads[id(out.buffer)] = (view, stats)
     low.values[var] = out
 
@@ -811,7 +841,9 @@ def _normalise_adjoint(low: Lowering, var: Any, call: Any) -> None:
     view, stats = low.spreads[id(y.buffer)]
     out = low.new(var, y.stored)
     build = lambda: normalise.backward(low.cpu, *view)  # noqa: E731
-    low.emit("normalise_adjoint", ("normalise_adjoint", view), build, [y, d, stats], [out])
+    key = ("normalise_adjoint", view)
+    work = cost.statistics(low.cpu, view[0] * view[1], view[2] * view[3], 27)
+    low.emit("normalise_adjoint", key, build, [y, d, stats], [out], work=work)
     low.values[var] = out
 
 
@@ -831,7 +863,8 @@ def _scale_stored(low: Lowering, var: Any, call: Any) -> None:
     x, d = (low.value(v) for v in _operands(call))
     outs = _pair(low, (n, size), (n,))
     build = lambda: normalise.stored_scale(low.cpu, n, pixels, size)  # noqa: E731
-    low.emit("scale_stored", ("scale_stored", n, pixels, size), build, [x, d], outs)
+    work = cost.statistics(low.cpu, n * pixels, size, 18)
+    low.emit("scale_stored", ("scale_stored", n, pixels, size), build, [x, d], outs, work=work)
     low.values[var] = outs
 
 
@@ -872,7 +905,7 @@ def _linear_gradient(low: Lowering, var: Any, call: Any) -> None:
         build,
         [x, d, c],
         [out],
-        gflop=2e-9 * m * k * n,
+        work=cost.matrix(low.cpu, k, m, n, low.precision),
     )
     low.values[var] = out
 
@@ -897,7 +930,7 @@ def _conv_stored(low: Lowering, var: Any, call: Any) -> None:
         build,
         [low.padded(x, conv), d],
         outs,
-        **_product(conv, conv.co),
+        work=cost.gradient(low.cpu, conv, planner.gradient(low.cpu, conv)),
     )
     low.values[var] = outs
 
@@ -913,7 +946,7 @@ def _conv_gram(low: Lowering, var: Any, call: Any) -> None:
         build,
         [low.padded(x, conv), d],
         outs,
-        gflop=planner.gram_gflop(conv),
+        work=cost.gram(low.cpu, conv),
     )
     low.values[var] = outs
 
@@ -929,7 +962,7 @@ def _conv_gradient(low: Lowering, var: Any, call: Any) -> None:
         build,
         [low.padded(x, conv), d, c],
         [out],
-        **_product(conv, conv.co),
+        work=cost.gradient(low.cpu, conv, planner.gradient(low.cpu, conv)),
     )
     low.values[var] = out
 
@@ -948,7 +981,8 @@ def _weighted_sum(low: Lowering, var: Any, call: Any) -> None:
     n, m = g.stored
     out = low.new(var, (m,))
     build = lambda: clip_kernels.weighted_sum(low.cpu, n, m)  # noqa: E731
-    low.emit("weighted_sum", ("weighted_sum", n, m), build, [g, c], [out])
+    work = replace(cost.elementwise(low.cpu, n * m, 2), cold=g.buffer.bytes)
+    low.emit("weighted_sum", ("weighted_sum", n, m), build, [g, c], [out], work=work)
     low.values[var] = out
 
 
@@ -1035,11 +1069,6 @@ def _conv_of(x: Shape, weight: Shape, attrs: Any) -> Conv:
     return Conv(
         n=n, h=h, w=w, ci=ci, co=co, kh=kh, kw=kw, stride=stride, padding=(top, left, bottom, right)
     )
-
-
-def _product(conv: Conv, channels: int) -> dict[str, Any]:
-    """What `Kernels.add` asks of a product of this convolution."""
-    return {"gflop": planner.product_gflop(conv), "channels": channels}
 
 
 def _pair(low: Lowering, *shapes: Shape) -> tuple[Value, ...]:

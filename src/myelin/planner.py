@@ -1,9 +1,8 @@
 """What a layer's norm and a kernel call cost, and what is chosen for it.
 
-One table of measured machine constants a CPU level (`RATES`), one estimate of time from operations
-and bytes (`Rates.milliseconds`), one choice: a convolution's per-example gradients are stored where
-that is faster than Gram matrices, the best saving a byte first, until the memory budget of the
-whole graph is spent. `Decision` says what was chosen and what it should take.
+Times are those of `myelin.cost`. A convolution's per-example gradients are stored where that is
+faster than Gram matrices, the best saving a byte first, until the memory budget of the whole graph
+is spent. `Decision` says what was chosen and what it should take.
 """
 
 from __future__ import annotations
@@ -12,7 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from myelin.kernels.gram import gram_cost
+from myelin import cost
+from myelin.cost import RATES, Algorithm
+from myelin.cpu import Cpu
+from myelin.kernels import winograd
 from myelin.kernels.window import Conv
 
 Method = Literal["product", "stored", "gram", "none"]
@@ -22,60 +24,39 @@ STORED_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rates:
-    """Measured on two threads: 10⁹ float32 operations a second of products, of products whose rows
-    are one vector (16 channels or fewer at 16 lanes), 10⁹ bytes a second in cache and in memory.
-    """
-
-    lanes: int
-    gflops: float
-    narrow_gflops: float
-    cache_gbytes: float
-    memory_gbytes: float
-    cache: int = 24 << 20
-    call_ms: float = 0.003
-
-    def milliseconds(self, gflop: float, size: int, *, narrow: bool = False) -> float:
-        """The longer of computing and moving `size` bytes, and the start of a call."""
-        compute = 1e3 * gflop / (self.narrow_gflops if narrow else self.gflops)
-        return max(compute, self.moving(size)) + self.call_ms
-
-    def moving(self, size: int) -> float:
-        """Milliseconds to read or write so many bytes."""
-        return size / (self.cache_gbytes if size <= self.cache else self.memory_gbytes) / 1e6
-
-
-_AVX512 = Rates(lanes=16, gflops=205.0, narrow_gflops=160.0, cache_gbytes=95.0, memory_gbytes=28.0)
-
-RATES: Mapping[str, Rates] = {
-    "x86-64-v3": Rates(
-        lanes=8, gflops=205.0, narrow_gflops=160.0, cache_gbytes=95.0, memory_gbytes=28.0
-    ),
-    "x86-64-v4": _AVX512,
-    "znver4": _AVX512,
-    "sapphirerapids": _AVX512,
-}
-"""Rates of each CPU level, from the medians of the five models' kernels on an AMD Zen 4."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Decision:
-    """A kernel call of the gradient: whose layer it is, how its norm is taken, what it costs.
+    """A kernel call of the gradient: whose layer it is, what was chosen, what it costs.
 
-    `layer` is "" for what belongs to none (loss, clip factors); `bytes` are those of its arguments.
+    `layer` is "" for what belongs to none (loss, clip factors). `method` is how the layer's norm is
+    taken, `algorithm` how this kernel computes, "" where there is but one way. `threads` is 1 where
+    waking others would take longer. `gflop` are 10⁹ operations as the direct algorithm does them,
+    `ms` is for two threads, `bytes` are those of the kernel's arguments.
     """
 
     layer: str
     kernel: str
     method: Method
+    algorithm: str
+    threads: int
     gflop: float
     ms: float
     bytes: int
 
 
+def product(cpu: Cpu, conv: Conv) -> Algorithm:
+    """How a convolution's outputs and the adjoints of its inputs are computed."""
+    return "winograd" if winograd.suits(cpu, conv) else "direct"
+
+
+def gradient(cpu: Cpu, conv: Conv) -> Algorithm:
+    """How the gradients of its weight are computed."""
+    return "winograd" if winograd.suits_gradient(cpu, conv) else "direct"
+
+
 def store(convolutions: Mapping[str, Conv], level: str, budget: int) -> set[str]:
     """The names of those whose per-example gradients are stored, in `budget` bytes altogether."""
-    savings = {name: _saving(conv, RATES[level]) for name, conv in convolutions.items()}
+    cpu = Cpu.named(level)
+    savings = {name: _saving(cpu, conv) for name, conv in convolutions.items()}
     by_worth = sorted(
         (name for name, saved in savings.items() if saved > 0),
         key=lambda name: (-savings[name] / _stored_bytes(convolutions[name]), name),
@@ -89,26 +70,14 @@ def store(convolutions: Mapping[str, Conv], level: str, budget: int) -> set[str]
     return stored
 
 
-def product_gflop(conv: Conv) -> float:
-    """10⁹ operations of a convolution, and of each of its gradients."""
-    return 2e-9 * conv.n * conv.pixels * conv.weights
-
-
-def gram_gflop(conv: Conv) -> float:
-    """10⁹ operations of its norm from Gram matrices."""
-    return 2e-9 * conv.n * gram_cost(conv)
-
-
-def _saving(conv: Conv, rates: Rates) -> float:
+def _saving(cpu: Cpu, conv: Conv) -> float:
     """Milliseconds that storing saves against Gram matrices and a weighted product."""
-    narrow = conv.co <= rates.lanes
-    product = product_gflop(conv)
+    rates = RATES[cpu.level]
     size = _stored_bytes(conv)
     activations = 4 * conv.n * (conv.hp * conv.wp * conv.ci + conv.pixels * conv.co)
-    once = rates.milliseconds(product, activations, narrow=narrow)
-    stored = once + rates.moving(size) + rates.milliseconds(0.0, size)  # written, then read
-    gram = rates.milliseconds(gram_gflop(conv), activations) + once
-    return gram - stored
+    once = rates.milliseconds(cost.gradient(cpu, conv, gradient(cpu, conv)), activations)
+    stored = once + rates.moving(size) + rates.moving(size, cold=size)  # written, later read
+    return rates.milliseconds(cost.gram(cpu, conv), activations) + once - stored
 
 
 def _stored_bytes(conv: Conv) -> int:

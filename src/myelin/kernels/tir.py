@@ -22,6 +22,7 @@ from typing import Any, cast
 from tvm import DataType
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
+from tvm.tirx import ForKind
 
 # From this size on TVM takes a buffer from the heap.
 _STACK = 1024
@@ -169,6 +170,14 @@ def gamma(additions: int) -> float:
     """
     error = additions * 2.0**-24
     return error / (1 - error)
+
+
+def is_parallel(function: Any) -> bool:
+    """Whether any loop of a kernel runs on all threads."""
+    return any(
+        type(node).__name__ == "For" and node.kind == ForKind.PARALLEL
+        for node in walk(function.body)
+    )
 
 
 def walk(node: Any) -> Iterator[Any]:
