@@ -15,12 +15,13 @@ float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
 from myelin.kernels.functions import is_nan
+from myelin.kernels.tiles import Tile
 from myelin.kernels.tir import load, local, select, splat, store
 
 FEATURE = "avx512_bf16"
@@ -62,9 +63,15 @@ define internal <16 x i32> @bf16_neighbours(<16 x float> %first, <16 x float> %s
   %r = bitcast <32 x bfloat> %a to <16 x i32>
   ret <16 x i32> %r
 }
+
+define internal <8 x i32> @bf16_row(<16 x float> %row) alwaysinline nounwind memory(none) {
+  %a = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float> %row)
+  %r = bitcast <16 x bfloat> %a to <8 x i32>
+  ret <8 x i32> %r
+}
 """
 PRAGMA = "pragma_import_llvm"
-NAMES = frozenset({"bf16_dot", "bf16_pairs", "bf16_neighbours"})
+NAMES = frozenset({"bf16_dot", "bf16_pairs", "bf16_neighbours", "bf16_row"})
 
 
 def words() -> Any:
@@ -85,6 +92,20 @@ def pairs(even: Any, odd: Any) -> Any:
 def neighbours(first: Any, second: Any) -> Any:
     """The 32 numbers of two vectors, one after the other, as 16 pairs."""
     return T.call_pure_extern("int32x16", "bf16_neighbours", first, second)
+
+
+def row(numbers: Any) -> Any:
+    """The 16 numbers of a vector as 8 pairs of neighbours."""
+    return T.call_pure_extern("int32x8", "bf16_row", numbers)
+
+
+def add_outer(tile: Tile, column: Sequence[Any], row: Sequence[Any]) -> None:
+    """Adds the products of pairs column[r] · row[v] to every accumulator (r, v) of the tile."""
+    operands = [T.bind(vector) for vector in row]
+    for r, pair in enumerate(column):
+        left = T.bind(T.Broadcast(pair, LANES))
+        for v, right in enumerate(operands):
+            tile.set(r, v, dot(tile.get(r, v), right, left))
 
 
 def filled(read: Callable[[Any, int], Any], at: Any, count: int) -> Any:

@@ -1,8 +1,9 @@
 """Convolutions in mixed precision: products of `myelin.kernels.conv` on bfloat16 operands.
 
 Arguments, results, sums and norms are float32; both factors of a product are rounded to bfloat16
-when they are packed into scratch (`myelin.kernels.bf16`). Every template takes and gives what its
-namesake in `conv` does, and is that one where `choose` says so.
+when they are packed into scratch (`myelin.kernels.bf16`), by Winograd after they are transformed.
+Every template takes and gives what its namesake in `conv` does, and is that one where `choose` says
+so.
 
 `stored_gradient` takes norms of the very numbers that it stores, so that its bounds are the same.
 The templates that are missing here, `gram_norm` and `weighted_gradient`, stay in float32: a bound
@@ -20,7 +21,8 @@ from tvm.script.ir_builder import tirx as T
 from myelin.cpu import Cpu
 from myelin.kernels import conv as plain
 from myelin.kernels import winograd
-from myelin.kernels.bf16 import LANES, dot, filled, neighbours, pairs, words
+from myelin.kernels.bf16 import LANES, add_outer, filled, neighbours, pairs, words
+from myelin.kernels.operands import BF16
 from myelin.kernels.tiles import SquaredNorm, Tile, grid, segments, steps
 from myelin.kernels.tir import Kernel, blocks, load, local, serial, splat, store
 from myelin.kernels.window import Conv
@@ -28,26 +30,34 @@ from myelin.kernels.window import Conv
 __all__ = ["Algorithm", "Product", "backward_data", "choose", "forward", "stored_gradient"]
 
 Product = Literal["forward", "backward_data", "stored_gradient"]
-Algorithm = Literal["direct", "float32"]
-"""With bfloat16 operands directly, or as in float32."""
+Algorithm = Literal["direct", "winograd", "float32"]
+"""With bfloat16 operands directly or by Winograd, or as in float32."""
 
 
 def choose(cpu: Cpu, conv: Conv, product: Product) -> Algorithm:
     """How a product of this convolution is computed: the one seam where that is decided.
 
-    Measured on one core of an AMD Zen 4, 64 images, 10⁹ operations a second of a direct product:
-    float32 directly 80 to 110, by Winograd 250 to 360; bfloat16 directly 190 to 225. So bfloat16
-    takes what does not suit Winograd. Stored gradients of 4 tiles or fewer are faster directly too
-    (190 against 140), and those of one vector of channels or one tap in float32: packing takes
-    longer than it saves there. Directly, numbers must come in pairs along what is summed.
+    Measured on one core of an AMD Zen 4 with the 3 × 3 layers of the benchmarks' models at batch
+    64, 10⁹ operations a second of a direct product: outputs and their adjoints directly 80 to 110
+    in float32, 190 to 225 in bfloat16; by Winograd 250 to 350 in float32, 350 to 590 in bfloat16.
+    Stored gradients by Winograd 190 to 265 and 260 to 360, but of 4 tiles directly: 190 against 140
+    to 160, because what takes time is storing. Packing takes longer than it saves for stored
+    gradients of one vector of channels or one tap. Directly, numbers must come in pairs along what
+    is summed; by Winograd, in vectors.
+
+    Winograd rounds inputs and weights in the domain of points, so that errors are about 1.3 % of
+    outputs (root of the mean square, for normal inputs), 5 times those of rounding directly. In
+    tiles of 2 × 2 outputs they would be 0.4 %, but at 1.8 times as many products it would be as
+    slow as float32.
     """
+    whole = conv.ci % LANES == conv.co % LANES == 0
     if product == "stored_gradient":
         tiles = -(-conv.oh // 4) * -(-conv.ow // 4)
         if winograd.suits_gradient(cpu, conv) and tiles > 4:
-            return "float32"
+            return "winograd" if whole else "float32"
         return "float32" if conv.co <= LANES or conv.kh * conv.kw == 1 else "direct"
     if winograd.suits(cpu, conv):
-        return "float32"
+        return "winograd" if whole else "float32"
     return "direct" if _comes_in_pairs(conv, product) else "float32"
 
 
@@ -63,8 +73,11 @@ def forward(cpu: Cpu, conv: Conv, *, bias: bool, algorithm: Algorithm | None = N
 
     A row of a window, kw · ci numbers, lies together in memory, and so do its pairs.
     """
-    if (algorithm or choose(cpu, conv, "forward")) == "float32":
-        return plain.forward(cpu, conv, bias=bias)
+    match algorithm or choose(cpu, conv, "forward"):
+        case "float32":
+            return plain.forward(cpu, conv, bias=bias)
+        case "winograd":
+            return winograd.forward(cpu, conv, bias=bias, operands=BF16)
     row, window = conv.wp * conv.ci, conv.kw * conv.ci
     sh, step = conv.stride[0], conv.stride[1] * conv.ci // 2
     shapes: dict[str, Any] = {"xp": (conv.n, conv.hp, row), "w": (conv.kh, window, conv.co)}
@@ -89,7 +102,7 @@ def forward(cpu: Cpu, conv: Conv, *, bias: bool, algorithm: Algorithm | None = N
                         for at, vector, offset, _ in tile.cells():
                             tile.set(at, vector, filled(_reader(b[0]), co + offset, lanes[vector]))
                     for kh, pair in steps(conv.kh, window // 2):
-                        _add(
+                        add_outer(
                             tile,
                             [load(packed, i, h * sh + kh, v * step + pair) for h, v in pixels],
                             [
@@ -105,8 +118,11 @@ def forward(cpu: Cpu, conv: Conv, *, bias: bool, algorithm: Algorithm | None = N
 
 def backward_data(cpu: Cpu, conv: Conv, *, algorithm: Algorithm | None = None) -> Any:
     """d[n,oh,ow,co], w[kh,kw,ci,co], scratch… → dx[n,h,w,ci]; pairs lie along co."""
-    if (algorithm or choose(cpu, conv, "backward_data")) == "float32":
-        return plain.backward_data(cpu, conv)
+    match algorithm or choose(cpu, conv, "backward_data"):
+        case "float32":
+            return plain.backward_data(cpu, conv)
+        case "winograd":
+            return winograd.backward_data(cpu, conv, operands=BF16)
     rows, columns = plain.axes(conv)
     half = conv.co // 2
     line = conv.ow * conv.co
@@ -148,7 +164,7 @@ def backward_data(cpu: Cpu, conv: Conv, *, algorithm: Algorithm | None = None) -
                         h, v = across.source(q), along.source(r)
                         for th, tw, co in steps(across.taps, along.taps, half):
                             kernel_at = across.tap(th), along.tap(tw)
-                            _add(
+                            add_outer(
                                 tile,
                                 [
                                     load(bordered, i, h + dh + th, v + dv + tw, co)
@@ -172,8 +188,11 @@ def stored_gradient(cpu: Cpu, conv: Conv, *, algorithm: Algorithm | None = None)
 
     A pair is of two rows of the output, and of the two rows of the input that they meet.
     """
-    if (algorithm or choose(cpu, conv, "stored_gradient")) == "float32":
-        return plain.stored_gradient(cpu, conv)
+    match algorithm or choose(cpu, conv, "stored_gradient"):
+        case "float32":
+            return plain.stored_gradient(cpu, conv)
+        case "winograd":
+            return winograd.stored_gradient(cpu, conv, operands=BF16)
     sh, sw = conv.stride
     row = conv.wp * conv.ci
     shapes: dict[str, Any] = {
@@ -206,7 +225,7 @@ def stored_gradient(cpu: Cpu, conv: Conv, *, algorithm: Algorithm | None = None)
                     for kw, ci, taps in plain.tap_tiles(kws, cis):
                         tile = Tile(len(taps), _wide(lanes))
                         for h, v in steps(-(-conv.oh // 2), conv.ow):
-                            _add(
+                            add_outer(
                                 tile,
                                 [
                                     load(
@@ -230,15 +249,6 @@ def stored_gradient(cpu: Cpu, conv: Conv, *, algorithm: Algorithm | None = None)
                             add(vector, column)
             norm.store(s, i, conv.weights)
     return kernel.function
-
-
-def _add(tile: Tile, column: Sequence[Any], row: Sequence[Any]) -> None:
-    """Adds the products of pairs column[r] · row[v] to every accumulator (r, v)."""
-    operands = [T.bind(vector) for vector in row]
-    for r, pair in enumerate(column):
-        left = T.bind(T.Broadcast(pair, LANES))
-        for v, right in enumerate(operands):
-            tile.set(r, v, dot(tile.get(r, v), right, left))
 
 
 def _reader(buffer: Any, *index: Any) -> Callable[[Any, int], Any]:

@@ -1,4 +1,4 @@
-"""Convolutions of 3 × 3 at stride 1 by Winograd's F(4 × 4, 3 × 3), in float32.
+"""Convolutions of 3 × 3 at stride 1 by Winograd's F(4 × 4, 3 × 3).
 
 Outputs are cut into tiles of 4 × 4, each of which sees 6 × 6 inputs. In the domain of 36 points a
 convolution is 36 matrix products, with 2.25 multiplications an output and channel instead of 9:
@@ -11,6 +11,9 @@ and all coefficients without a division are exact in float32.
 
 The templates are those of `myelin.kernels.conv` with the same arguments; scratch may be several
 vectors. Every size is right; `suits` says where they are worth it.
+
+Transforms are in float32; `operands` of the matrix products may be others. Of bfloat16 ones, input
+and output channels come in whole vectors.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
 from myelin.kernels.functions import is_finite
+from myelin.kernels.operands import FLOAT32, Operands
 from myelin.kernels.tiles import (
     Segment,
     SquaredNorm,
@@ -96,18 +100,20 @@ def gradient_error(conv: Conv) -> float:
 # Kernels
 
 
-def forward(cpu: Cpu, conv: Conv, *, bias: bool) -> Any:
+def forward(cpu: Cpu, conv: Conv, *, bias: bool, operands: Operands = FLOAT32) -> Any:
     """xp[n,hp,wp,ci], w[3,3,ci,co], (b[co]), scratch… → y[n,oh,ow,co]."""
     rows = _Axis(before=0, size=conv.hp, outputs=conv.oh)
     columns = _Axis(before=0, size=conv.wp, outputs=conv.ow)
-    layer = _Product(cpu=cpu, n=conv.n, ci=conv.ci, co=conv.co, rows=rows, columns=columns)
+    layer = _Product(
+        cpu=cpu, operands=operands, n=conv.n, ci=conv.ci, co=conv.co, rows=rows, columns=columns
+    )
     shapes = {
         "xp": (conv.n, conv.hp, conv.wp, conv.ci),
         "w": (3, 3, conv.ci, conv.co),
         **({"b": (conv.co,)} if bias else {}),
         **layer.scratch,
     }
-    with Kernel(**shapes, y=(conv.n, conv.oh, conv.ow, conv.co)) as kernel:
+    with Kernel(**shapes, y=(conv.n, conv.oh, conv.ow, conv.co)) as kernel, operands.scope():
         xp, w, *b, points, inputs, products, y = kernel.buffers
         layer.weights(points, lambda i, j, k, c, lanes: load(w, i, j, k, c, lanes=lanes))
 
@@ -118,7 +124,7 @@ def forward(cpu: Cpu, conv: Conv, *, bias: bool) -> Any:
     return kernel.function
 
 
-def backward_data(cpu: Cpu, conv: Conv) -> Any:
+def backward_data(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> Any:
     """d[n,oh,ow,co], w[3·3·ci·co], scratch… → dx[n,h,w,ci].
 
     A convolution of d within a border with the weights turned around and their channels swapped.
@@ -126,13 +132,15 @@ def backward_data(cpu: Cpu, conv: Conv) -> Any:
     top, left = conv.padding[:2]
     rows = _Axis(before=2 - top, size=conv.oh, outputs=conv.h)
     columns = _Axis(before=2 - left, size=conv.ow, outputs=conv.w)
-    layer = _Product(cpu=cpu, n=conv.n, ci=conv.co, co=conv.ci, rows=rows, columns=columns)
+    layer = _Product(
+        cpu=cpu, operands=operands, n=conv.n, ci=conv.co, co=conv.ci, rows=rows, columns=columns
+    )
     shapes = {
         "d": (conv.n, conv.oh, conv.ow, conv.co),
         "w": (conv.weights,),
         **layer.scratch,
     }
-    with Kernel(**shapes, dx=(conv.n, conv.h, conv.w, conv.ci)) as kernel:
+    with Kernel(**shapes, dx=(conv.n, conv.h, conv.w, conv.ci)) as kernel, operands.scope():
         d, w, points, inputs, products, dx = kernel.buffers
 
         def turned(i: int, j: int, co: Any, ci: Any, lanes: int) -> Any:
@@ -144,15 +152,15 @@ def backward_data(cpu: Cpu, conv: Conv) -> Any:
     return kernel.function
 
 
-def stored_gradient(cpu: Cpu, conv: Conv) -> Any:
+def stored_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> Any:
     """xp[n,hp,wp,ci], d[n,oh,ow,co], scratch… → g[n,3·3·ci·co], s[n].
 
     s_i = ‖g_i‖² of the very numbers that are stored.
     """
     chunks = min(conv.n, _CHUNKS)
-    gradient = _Gradient(cpu=cpu, conv=conv, slots=chunks, chunks=chunks)
+    gradient = _Gradient(cpu=cpu, operands=operands, conv=conv, slots=chunks, chunks=chunks)
     results = {"g": (conv.n, conv.weights), "s": (conv.n,)}
-    with Kernel(**gradient.images, **gradient.scratch, **results) as kernel:
+    with Kernel(**gradient.images, **gradient.scratch, **results) as kernel, operands.scope():
         xp, d, *scratch, g, s = kernel.buffers
         for chunk, i in _shares(conv.n, chunks):
             gradient.transform(xp, d, scratch, chunk, i)
@@ -400,6 +408,7 @@ class _Product:
     """Tiles [n, rows, columns] of an image with ci channels times weights, to co channels."""
 
     cpu: Cpu
+    operands: Operands
     n: int
     ci: int
     co: int
@@ -407,11 +416,12 @@ class _Product:
     columns: _Axis
 
     @property
-    def scratch(self) -> dict[str, tuple[int, ...]]:
+    def scratch(self) -> dict[str, Any]:
         """Transformed weights of each group of channels; each chunk's inputs and products."""
+        dtype = self.operands.dtype
         return {
-            "points": (-(-self.co // self._wide), _POINTS * self._weight_plane),
-            "inputs": (self._chunks, _POINTS * self._input_plane),
+            "points": ((-(-self.co // self._wide), _POINTS * self._weight_plane), dtype),
+            "inputs": ((self._chunks, _POINTS * self._input_plane), dtype),
             "products": (self._chunks, _POINTS * self._output_plane),
         }
 
@@ -419,13 +429,18 @@ class _Product:
         """Transforms weights; source(i, j, k, c, lanes) is a vector of tap (i, j)."""
         first = 0
         for segment, widths in channel_groups(self.co, self.cpu.lanes):
-            with T.parallel(segment.count * self.ci) as task:
-                block, k = task // self.ci, task % self.ci
+            with T.parallel(segment.count * self._depth) as task:
+                block, k = task // self._depth, task % self._depth
                 for _, offset, lanes in _offsets(widths):
                     channel = segment.at(block) + offset
-                    taps = lambda i, j: source(i, j, k, channel, lanes)  # noqa: B023, E731
                     at = k * self._wide + offset
-                    for p, value in enumerate(_both(_Lanes(lanes).weight, 3, taps)):
+                    found = []
+                    for e in range(self.operands.each):
+                        c = k * self.operands.each + e
+                        taps = lambda i, j: source(i, j, c, channel, lanes)  # noqa: B023, E731
+                        found.append(_both(_Lanes(lanes).weight, 3, taps))
+                    for p, values in enumerate(zip(*found, strict=True)):
+                        value = self.operands.across(values)
                         store(points, value, first + block, p * self._weight_plane + at)
             first += segment.count
 
@@ -463,7 +478,8 @@ class _Product:
             return _kept(load(x, image, h, w, k, lanes=lanes), lanes, above, beside)
 
         for p, value in enumerate(_both(_Lanes(lanes).input, 6, source)):
-            store(inputs, value, chunk, p * self._input_plane + t * self.ci + k)
+            at = p * self._input_plane + t * self._depth + k // self.operands.each
+            store(inputs, self.operands.along(value), chunk, at)
 
     def _multiply(
         self, points: Any, inputs: Any, products: Any, chunk: Any, group: Any, widths: Sequence[int]
@@ -472,11 +488,14 @@ class _Product:
             for p, part in grid(_POINTS, tiles.count):
                 first = tiles.at(part)
                 tile = Tile(tiles.size, widths)
-                for (k,) in steps(self.ci):
+                for (k,) in steps(self._depth):
                     at = p * self._weight_plane + k * self._wide
-                    tile.add_outer(
+                    self.operands.add_outer(
+                        tile,
                         [
-                            load(inputs, chunk, p * self._input_plane + (first + r) * self.ci + k)
+                            load(
+                                inputs, chunk, p * self._input_plane + (first + r) * self._depth + k
+                            )
                             for r in range(tiles.size)
                         ],
                         [load(points, group, at + o, lanes=n) for o, n in tile.vectors()],
@@ -536,12 +555,17 @@ class _Product:
         return min(self.co, 2 * self.cpu.lanes)
 
     @property
+    def _depth(self) -> int:
+        """Elements along the input channels."""
+        return self.ci // self.operands.each
+
+    @property
     def _weight_plane(self) -> int:
-        return self.ci * self._wide + _PAD
+        return self._depth * self._wide + _PAD
 
     @property
     def _input_plane(self) -> int:
-        return self._block * self.ci + _PAD
+        return self._block * self._depth + _PAD
 
     @property
     def _output_plane(self) -> int:
@@ -590,6 +614,7 @@ class _Gradient:
     """
 
     cpu: Cpu
+    operands: Operands = FLOAT32
     conv: Conv
     slots: int
     chunks: int
@@ -604,46 +629,63 @@ class _Gradient:
         }
 
     @property
-    def scratch(self) -> dict[str, tuple[int, ...]]:
+    def scratch(self) -> dict[str, Any]:
         """Each slot's activations and adjoints, and each chunk's part of a gradient."""
+        dtype = self.operands.dtype
         return {
-            "inputs": (self.slots, _POINTS * self._input_plane),
-            "adjoints": (self.slots, _POINTS * self._adjoint_plane),
+            "inputs": ((self.slots, _POINTS * self._input_plane), dtype),
+            "adjoints": ((self.slots, _POINTS * self._adjoint_plane), dtype),
             "products": (self.chunks, _POINTS * self._product_plane),
         }
 
     def transform(self, xp: Any, d: Any, scratch: Sequence[Any], slot: Any, i: Any) -> None:
         """Activations and adjoints of example i to the domain of points."""
-        conv, tiles = self.conv, self._tiles
+        conv = self.conv
         inputs, adjoints, _ = scratch
         rows, columns = self._axes()
         for group in segments(conv.ci, _ROWS):
-            for block, h, w in grid(group.count, rows.tiles, columns.tiles):
-                t = h * columns.tiles + w
-                for offset, lanes in pieces(group.size, self.cpu.lanes):
-                    first = group.at(block)
-                    at = first * tiles + t * group.size + offset
+            for (block,) in grid(group.count):
+                for t, h, ws in self._places(rows, columns):
+                    for offset, lanes in pieces(group.size, self.cpu.lanes):
+                        first = group.at(block)
+                        at = first * self._depth + t * group.size + offset
 
-                    def activation(i_: int, j: int) -> Any:
-                        (r, above), (c, beside) = rows.input(h, i_), columns.input(w, j)  # noqa: B023
-                        value = load(xp, i, r, c, first + offset, lanes=lanes)  # noqa: B023
-                        return _kept(value, lanes, above, beside)  # noqa: B023
+                        def activation(w: Any) -> Values:
+                            def source(i_: int, j: int) -> Any:
+                                (r, above), (c, beside) = rows.input(h, i_), columns.input(w, j)  # noqa: B023
+                                value = load(xp, i, r, c, first + offset, lanes=lanes)  # noqa: B023
+                                return _kept(value, lanes, above, beside)  # noqa: B023
 
-                    for p, value in enumerate(_both(_Lanes(lanes).input, 6, activation)):
-                        store(inputs, value, slot, p * self._input_plane + at)
+                            return _both(_Lanes(lanes).input, 6, source)  # noqa: B023
+
+                        for p, values in enumerate(zip(*map(activation, ws), strict=True)):
+                            value = self.operands.across(values)
+                            store(inputs, value, slot, p * self._input_plane + at)
         for _, channel, widths in _groups(self.cpu, conv.co):
-            for h, w in grid(rows.tiles, columns.tiles):
-                t = h * columns.tiles + w
+            for t, h, ws in self._places(rows, columns):
                 for _, offset, lanes in _offsets(widths):
-                    at = channel * tiles + t * sum(widths) + offset
+                    at = channel * self._depth + t * sum(widths) + offset
 
-                    def adjoint(i_: int, j: int) -> Any:
-                        (r, above), (c, beside) = rows.output(h, i_), columns.output(w, j)  # noqa: B023
-                        value = load(d, i, r, c, channel + offset, lanes=lanes)  # noqa: B023
-                        return _kept(value, lanes, above, beside)  # noqa: B023
+                    def adjoint(w: Any) -> Values:
+                        def source(i_: int, j: int) -> Any:
+                            (r, above), (c, beside) = rows.output(h, i_), columns.output(w, j)  # noqa: B023
+                            value = load(d, i, r, c, channel + offset, lanes=lanes)  # noqa: B023
+                            return _kept(value, lanes, above, beside)  # noqa: B023
 
-                    for p, value in enumerate(_both(_Lanes(lanes).adjoint, 4, adjoint)):
+                        return _both(_Lanes(lanes).adjoint, 4, source)  # noqa: B023
+
+                    for p, values in enumerate(zip(*map(adjoint, ws), strict=True)):
+                        value = self.operands.across(values)
                         store(adjoints, value, slot, p * self._adjoint_plane + at)
+
+    def _places(self, rows: _Axis, columns: _Axis) -> Iterator[tuple[Any, Any, list[Any]]]:
+        """(number, row, columns) of the tiles of each element."""
+        each = self.operands.each
+        for group in segments(columns.tiles, each):
+            for h, block in grid(rows.tiles, group.count):
+                w = group.at(block)
+                t = h * -(-columns.tiles // each) + w // each
+                yield t, h, [w + e for e in range(group.size)]
 
     def rows(self, channel: Any, widths: tuple[int, ...]) -> Iterator[_Part]:
         """All parts of one group of output channels."""
@@ -669,10 +711,11 @@ class _Gradient:
         wide = part.wide
         for (p,) in grid(_POINTS):
             tile = Tile(part.rows, part.widths)
-            for (t,) in steps(self._tiles):
-                row = part.first * self._tiles + t * part.size + part.at
-                column = part.channel * self._tiles + t * wide
-                tile.add_outer(
+            for (t,) in steps(self._depth):
+                row = part.first * self._depth + t * part.size + part.at
+                column = part.channel * self._depth + t * wide
+                self.operands.add_outer(
+                    tile,
                     [load(inputs, slot, p * self._input_plane + row + r) for r in range(part.rows)],
                     [
                         load(adjoints, slot, p * self._adjoint_plane + column + o, lanes=lanes)
@@ -732,16 +775,17 @@ class _Gradient:
         return min(self.conv.co, 2 * self.cpu.lanes)
 
     @property
-    def _tiles(self) -> int:
-        return _tiles(self.conv)
+    def _depth(self) -> int:
+        """Elements along the tiles."""
+        return _count(self.conv.oh) * -(-_count(self.conv.ow) // self.operands.each)
 
     @property
     def _input_plane(self) -> int:
-        return self.conv.ci * self._tiles + _PAD
+        return self.conv.ci * self._depth + _PAD
 
     @property
     def _adjoint_plane(self) -> int:
-        return self.conv.co * self._tiles + _PAD
+        return self.conv.co * self._depth + _PAD
 
     @property
     def _product_plane(self) -> int:
