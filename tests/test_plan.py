@@ -16,7 +16,7 @@ from myelin.errors import DataRefused, ModelRefused
 from myelin.kernels import object as kernel_object
 from myelin.model import load
 from myelin.optimizer import SGD, Adam
-from myelin.plan import Buffer, Outside, allocate, compile_training
+from myelin.plan import Buffer, Lowering, Outside, allocate, compile_training
 from myelin.weights import pack, unpack
 
 torch = pytest.importorskip("torch")
@@ -196,6 +196,44 @@ def test_programs_sum_clipped_gradients_and_predict(name, loss):
         expected = reference(torch.tensor(run.x)).numpy()
     predicted = run.outside.predict(run.x, run.model.parameters)
     np.testing.assert_allclose(predicted, expected, rtol=1e-4, atol=1e-6)
+
+
+def kernels_of(run):
+    return [call.kernel.partition("_")[2] for call in run.program.gradient]
+
+
+def test_a_product_computes_the_one_elementwise_operator_that_reads_it(monkeypatch):
+    net = nn.Sequential(
+        *(nn.Conv2d(2, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.Tanh()),
+        *(nn.Flatten(), nn.Linear(16 * 64, 6), nn.Tanh(), nn.Linear(6, 3)),
+    )
+    run = compiled(net, (2, 8, 8))
+    found = kernels_of(run)
+    for name in ("conv_relu", "conv_tanh", "linear_tanh", "conv_backward_where"):
+        assert name in found
+    assert "linear_backward_multiply" in found
+    assert not {"relu", "tanh", "where"} & set(found)
+    monkeypatch.setattr(Lowering, "_epilogue_of", lambda _self, _lazy: None)
+    apart = compiled(net, (2, 8, 8))
+    assert {"relu", "tanh", "where", "multiply"} <= set(kernels_of(apart))
+    own, other = gradient(run), gradient(apart)
+    assert all(np.array_equal(own[name], other[name]) for name in own)
+
+
+def test_a_product_that_is_read_twice_is_written_plainly():
+    # SiLU's derivative reads the product again.
+    run = compiled(nn.Sequential(nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, 2)), (5,))
+    assert kernels_of(run)[:2] == ["linear", "silu"]
+
+
+def test_a_sum_of_two_products_is_the_epilogue_of_one():
+    layers = (nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1))
+    ours = nn.Residual(layers[0], shortcut=layers[1])
+    theirs = Residual(T.Conv2d(3, 4, 3, padding=1), shortcut=T.Conv2d(3, 4, 1))
+    run = compiled(nn.Sequential(ours, nn.Flatten(), nn.Linear(100, 3)), (3, 5, 5))
+    assert sorted(kernels_of(run)).count("conv_add") == 1
+    reference = T.Sequential(theirs, T.Flatten(), T.Linear(100, 3))
+    close(gradient(run, bound=0.1), oracle(reference, run, bound=0.1))
 
 
 def test_without_clipping_the_unmasked_gradients_are_summed():

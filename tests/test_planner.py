@@ -50,13 +50,13 @@ def test_a_program_has_a_decision_for_every_call():
     )
     assert [d.kernel for d in program.decisions] == [call.kernel for call in program.gradient]
     rows = {d.kernel.partition("_")[2]: d for d in program.decisions}
-    assert rows["conv"].layer == rows["conv_stored"].layer == rows["weighted_sum"].layer == "0"
+    assert rows["conv_relu"].layer == rows["conv_stored"].layer == rows["weighted_sum"].layer == "0"
     assert rows["conv_stored"].method == "stored"
-    assert math.isclose(rows["conv"].gflop, 2e-9 * 4 * 36 * 9 * 4)
+    assert math.isclose(rows["conv_relu"].gflop, 2e-9 * 4 * 36 * 9 * 4)
     assert rows["linear"].bytes == 4 * (4 * 144 + 144 * 3 + 3 + 4 * 3)
     assert rows["linear_norm"].method == "product"
     assert all(d.ms > 0 for d in program.decisions)
-    assert rows["conv"].algorithm == "direct"
-    assert (rows["conv"].threads, rows["linear"].threads) == (2, 1)
+    assert rows["conv_relu"].algorithm == "direct"
+    assert (rows["conv_relu"].threads, rows["linear"].threads) == (2, 1)
     assert dict(small.clipping)["0"] == "gram"
     assert any(d.layer == "0" and "conv_gram" in d.kernel for d in small.decisions)

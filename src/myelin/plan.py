@@ -9,7 +9,7 @@ a linear scan over their lifetimes. The result is a `Program`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from myelin.kernels import clipping as clip_kernels
 from myelin.kernels import conv as conv_kernels
 from myelin.kernels import object as kernel_object
 from myelin.kernels.conv import Conv
+from myelin.kernels.epilogue import PLAIN, Epilogue
 from myelin.kernels.pool import Pool
 from myelin.kernels.tir import is_parallel, select, splat
 from myelin.model import Model
@@ -253,6 +254,20 @@ class Lazy:
     stored: Shape
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Pending:
+    """A product that has not been computed: the one elementwise operator that reads it becomes its
+    epilogue, where shapes allow.
+    """
+
+    label: str
+    key: tuple[Any, ...]
+    build: Callable[[Epilogue], Any]
+    inputs: Sequence[Value]
+    stored: Shape
+    work: Work
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """What a kernel does, the milliseconds it should take, and how many threads it runs on."""
@@ -312,7 +327,7 @@ class Lowering:
         self.precision = library.precision
         self.function = function
         self.steps: list[tuple[str, tuple[Buffer, ...]]] = []
-        self.values: dict[Any, Value | Lazy | tuple[Value, ...]] = {}
+        self.values: dict[Any, Value | Lazy | Pending | tuple[Value, ...]] = {}
         self.places: dict[Any, Value] = {}
         self.spreads: dict[int, tuple[tuple[int, int, int, int], Value]] = {}
         self._padded: dict[tuple[int, Conv], Value] = {}
@@ -352,6 +367,9 @@ class Lowering:
         found = self.values[var]
         if isinstance(found, Lazy):
             found = self._materialise(var, found)
+            self.values[var] = found
+        if isinstance(found, Pending):
+            found = self._multiply(var, found)
             self.values[var] = found
         if isinstance(found, tuple):
             raise ModelRefused(f"a tuple of {len(found)} values is used as one")
@@ -412,15 +430,30 @@ class Lowering:
         """The bias that is added to `var` and nothing else: the kernel adds it."""
         return self.value(self._biased[var][1]) if var in self._biased else None
 
-    def finish(self, var: Any, y: Value) -> None:
-        """Record a result, for the sum with its bias as well where the kernel added it."""
-        self.values[var] = y
-        if var in self._biased:
-            self.values[self._biased[var][0]] = y
-
-    def target(self, var: Any) -> Any:
-        """The variable that holds the result in the end: with its bias where there is one."""
-        return self._biased[var][0] if var in self._biased else var
+    def product(
+        self,
+        var: Any,
+        stored: Shape,
+        label: str,
+        key: tuple[Any, ...],
+        build: Callable[[Epilogue], Any],
+        inputs: Sequence[Value],
+        *,
+        work: Work,
+    ) -> None:
+        """Record a product, for the sum with its bias as well where its kernel adds that."""
+        target = self._biased[var][0] if var in self._biased else var
+        self.values[target] = self.values[var] = Pending(
+            label=label,
+            key=key,
+            build=build,
+            inputs=inputs,
+            stored=stored,
+            work=work,
+        )
+        reader = self._reader(target)
+        if reader is None or _is_bool(reader):
+            self.values[var] = self.value(target)
 
     def temporary(self, stored: Shape) -> Value:
         """Memory for something between."""
@@ -510,30 +543,73 @@ class Lowering:
 
     def _keeps(self, var: Any) -> bool:
         """Whether an elementwise result must be in memory: anything but one elementwise user."""
-        if var.ty.dtype == "bool":
-            return False
+        return var.ty.dtype != "bool" and self._reader(var) is None
+
+    def _reader(self, var: Any) -> str | None:
+        """The elementwise operator that reads a variable, if nothing else does."""
         uses = self._uses.get(var, [])
-        readers = {b.var: b.value for b in bindings(self.function)} if len(uses) == 1 else {}
-        return not (
-            len(uses) == 1 and uses[0] is not None and operator(readers[uses[0]]) in ELEMENTWISE
-        )
+        if len(uses) != 1 or uses[0] is None:
+            return None
+        (reader,) = (operator(b.value) for b in bindings(self.function) if b.var == uses[0])
+        return reader if reader in ELEMENTWISE else None
 
     def _materialise(self, var: Any, lazy: Lazy) -> Value:
-        inputs: list[Value] = []
+        pending = self._epilogue_of(lazy)
+        inputs: list[Any] = [] if pending is None else [pending]
         key, build = self._expression(lazy.call, inputs)
+        apply = lambda *loaded: build(loaded)  # noqa: E731
+        if pending is not None:
+            finish = Epilogue(function=apply, others=len(inputs) - 1)
+            return self._multiply(var, pending, finish, key, inputs[1:])
+        label, operations = _label(key), _operations(key)
         out = self.new(var, lazy.stored)
         shapes = tuple(v.stored for v in inputs)
-        label = operator(lazy.call).rpartition(".")[2]
-        operations = _operations(key)
         kernel = lambda: elementwise.map(  # noqa: E731
-            self.cpu, shapes, lazy.stored, lambda *loaded: build(loaded), operations=operations
+            self.cpu, shapes, lazy.stored, apply, operations=operations
         )
         work = cost.elementwise(self.cpu, math.prod(lazy.stored), operations)
         self.emit(label, ("map", shapes, lazy.stored, key), kernel, inputs, [out], work=work)
         return out
 
+    def _epilogue_of(self, lazy: Lazy) -> Pending | None:
+        """The product that can compute this operator: all else that it reads has the same shape."""
+        leaves = list(self._leaves(lazy.call))
+        if any(leaf.stored != lazy.stored for leaf in leaves):
+            return None
+        return next((leaf for leaf in leaves if isinstance(leaf, Pending)), None)
+
+    def _leaves(self, call: Any) -> Iterator[Any]:
+        for operand in call.args:
+            if isinstance(operand, ir.Constant):
+                continue
+            found = self.values[operand]
+            yield from self._leaves(found.call) if isinstance(found, Lazy) else [found]
+
+    def _multiply(
+        self,
+        var: Any,
+        pending: Pending,
+        finish: Epilogue = PLAIN,
+        operation: Any = None,
+        others: Sequence[Value] = (),
+    ) -> Value:
+        """Append a product that was put off; `operation` is the key of its epilogue."""
+        out, work = self.new(var, pending.stored), pending.work
+        more = cost.elementwise(
+            self.cpu, math.prod(pending.stored), _operations(operation) + len(others)
+        )
+        self.emit(
+            pending.label if operation is None else f"{pending.label}_{_label(operation)}",
+            (*pending.key, operation),
+            lambda: pending.build(finish),
+            [*pending.inputs, *others],
+            [out],
+            work=replace(work, steps=work.steps + more.steps),
+        )
+        return out
+
     def _expression(
-        self, call: Any, inputs: list[Value]
+        self, call: Any, inputs: list[Any]
     ) -> tuple[Any, Callable[[Sequence[Any]], Any]]:
         """A key of the expression, and what builds it from the loaded inputs."""
         parts = [self._part(operand, inputs) for operand in call.args]
@@ -547,16 +623,14 @@ class Lowering:
 
         return (operator(call), *(key for key, _ in parts)), build
 
-    def _part(
-        self, operand: Any, inputs: list[Value]
-    ) -> tuple[Any, Callable[[Sequence[Any]], Any]]:
+    def _part(self, operand: Any, inputs: list[Any]) -> tuple[Any, Callable[[Sequence[Any]], Any]]:
         if isinstance(operand, ir.Constant):
             number = float(operand.value.numpy())
             return number, lambda _: number
         found = self.values[operand]
         if isinstance(found, Lazy):
             return self._expression(found.call, inputs)
-        value = self.value(operand)
+        value = found if found in inputs else self.value(operand)
         if value not in inputs:
             inputs.append(value)
         at = inputs.index(value)
@@ -591,6 +665,11 @@ def allocate(steps: Sequence[tuple[str, tuple[Buffer, ...]]], base: int) -> int:
 
 def _is_bool(name: str) -> bool:
     return name == "relax.greater"
+
+
+def _label(key: Any) -> str:
+    """The name of an expression's last operator."""
+    return str(key[0]).rpartition(".")[2]
 
 
 def _operations(key: Any) -> int:
@@ -655,27 +734,27 @@ def _matmul(low: Lowering, var: Any, call: Any) -> None:
         # The adjoint of a product: d · wᵀ, with w where it is stored.
         n, k = transposed.value.stored[1], transposed.value.stored[0]
         m = math.prod(rows[:-1])
-        out = low.new(var, (*rows[:-1], k))
-        build = lambda: low.linear.backward_data(low.cpu, m, k, n)  # noqa: E731
-        inputs = [low.value(a), transposed.value]
-        low.emit(
+        low.product(
+            var,
+            (*rows[:-1], k),
             "linear_backward",
             ("linear_backward", m, k, n),
-            build,
-            inputs,
-            [out],
+            lambda finish: low.linear.backward_data(low.cpu, m, k, n, finish=finish),
+            [low.value(a), transposed.value],
             work=cost.matrix(low.cpu, m, n, k, low.precision, scalar=True),
         )
-        low.values[var] = out
         return
     x, w, bias = low.value(a), low.value(b), low.bias(var)
     m, (k, n) = math.prod(rows[:-1]), w.stored
-    out = low.new(low.target(var), (*rows[:-1], n))
-    build = lambda: low.linear.matmul(low.cpu, m, k, n, bias=bias is not None)  # noqa: E731
-    inputs = [x, w] if bias is None else [x, w, bias]
-    work = cost.matrix(low.cpu, m, k, n, low.precision)
-    low.emit("linear", ("linear", m, k, n, bias is None), build, inputs, [out], work=work)
-    low.finish(var, out)
+    low.product(
+        var,
+        (*rows[:-1], n),
+        "linear",
+        ("linear", m, k, n, bias is None),
+        lambda finish: low.linear.matmul(low.cpu, m, k, n, bias=bias is not None, finish=finish),
+        [x, w] if bias is None else [x, w, bias],
+        work=cost.matrix(low.cpu, m, k, n, low.precision),
+    )
 
 
 @dataclass(frozen=True)
@@ -692,25 +771,32 @@ def _conv2d(low: Lowering, var: Any, call: Any) -> None:
     bias = low.bias(var)
     x = low.padded(low.value(call.args[0]), conv)
     w = low.value(call.args[1])
-    out = low.new(low.target(var), (conv.n, conv.oh, conv.ow, conv.co))
-    build = lambda: low.conv.forward(low.cpu, conv, bias=bias is not None)  # noqa: E731
-    inputs = [x, w] if bias is None else [x, w, bias]
     how = planner.product(low.cpu, conv)
-    work = cost.forward(low.cpu, conv, how)
-    low.emit("conv", ("conv", conv, bias is None), build, inputs, [out], work=work)
-    low.finish(var, out)
+    low.product(
+        var,
+        (conv.n, conv.oh, conv.ow, conv.co),
+        "conv",
+        ("conv", conv, bias is None),
+        lambda finish: low.conv.forward(low.cpu, conv, bias=bias is not None, finish=finish),
+        [x, w] if bias is None else [x, w, bias],
+        work=cost.forward(low.cpu, conv, how),
+    )
 
 
 def _conv2d_transpose(low: Lowering, var: Any, call: Any) -> None:
     # The derivative of a convolution with respect to its input; var has the input's shape.
     conv = _conv_of(_dims(var), _dims(call.args[1]), call.attrs)
     d, w = low.value(call.args[0]), low.value(call.args[1])
-    out = low.new(var, (conv.n, conv.h, conv.w, conv.ci))
-    build = lambda: low.conv.backward_data(low.cpu, conv)  # noqa: E731
     how = planner.product(low.cpu, conv)
-    work = cost.backward_data(low.cpu, conv, how)
-    low.emit("conv_backward", ("conv_backward", conv), build, [d, w], [out], work=work)
-    low.values[var] = out
+    low.product(
+        var,
+        (conv.n, conv.h, conv.w, conv.ci),
+        "conv_backward",
+        ("conv_backward", conv),
+        lambda finish: low.conv.backward_data(low.cpu, conv, finish=finish),
+        [d, w],
+        work=cost.backward_data(low.cpu, conv, how),
+    )
 
 
 def _reshape(low: Lowering, var: Any, call: Any) -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import test_epilogue
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -142,3 +143,8 @@ def test_the_object_needs_nothing_that_the_runtime_lacks(cpu):
         "c": mixed.weighted_gradient(cpu, 33, 50, 70),
     }
     assert kernel_object.undefined(kernel_object.build(kernels, cpu)) <= kernel_object.ALLOWED
+
+
+@test_epilogue.every_size
+def test_products_finish_their_results(m, k, n, cpu, call):
+    test_epilogue.check_linear(call, cpu, mixed, m, k, n)

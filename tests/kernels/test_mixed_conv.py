@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import test_conv as direct
+import test_epilogue
 import test_mixed
 import test_winograd
 import tvm
@@ -267,3 +268,8 @@ def test_the_object_needs_nothing_that_the_runtime_lacks(algorithm, cpu):
     code = kernel_object.build(found, cpu)
     assert kernel_object.undefined(code) <= kernel_object.ALLOWED
     assert kernel_object.workspace_bytes(found, cpu) == 0
+
+
+@test_epilogue.every_conv
+def test_products_finish_their_results(conv, cpu, call):
+    test_epilogue.check_conv(call, cpu, kernels, conv)

@@ -8,8 +8,8 @@ How a plan uses these templates (all arguments float32, outputs last):
 - Parameters between the inputs and the outputs named here are **scratch**: float32 arrays that the
   kernel overwrites, whatever they hold. How many there are and their sizes depend on the layer.
 
-    forward(cpu, conv, bias=…)       xp, w[kh,kw,ci,co], (b[co]), scratch → y[n,oh,ow,co]
-    backward_data(cpu, conv)         d[n,oh,ow,co], w, scratch → dx[n,h,w,ci]
+    forward(cpu, conv, bias=…)       xp, w[kh,kw,ci,co], (b[co]), others, scratch → y[n,oh,ow,co]
+    backward_data(cpu, conv)         d[n,oh,ow,co], w, others, scratch → dx[n,h,w,ci]
     stored_gradient(cpu, conv)       xp, d, scratch → g[n,kh*kw*ci*co], s[n]
     stored_bias(cpu, n, pixels, co)  d[n,pixels,co] → g[n,co], s[n]
     gram_norm(cpu, conv)             xp, d, scratch → s[n], t[n]
@@ -41,6 +41,7 @@ from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
 from myelin.kernels import winograd
+from myelin.kernels.epilogue import PLAIN, Epilogue
 from myelin.kernels.gram import gram_cost, gram_kappa, gram_norm
 from myelin.kernels.tiles import (
     MOST_SQUARES,
@@ -120,14 +121,15 @@ def pad(cpu: Cpu, conv: Conv) -> Any:
     return kernel.function
 
 
-def forward(cpu: Cpu, conv: Conv, *, bias: bool) -> Any:
-    """xp[n,hp,wp,ci], w[kh,kw,ci,co], (b[co]), scratch → y[n,oh,ow,co]."""
+def forward(cpu: Cpu, conv: Conv, *, bias: bool, finish: Epilogue = PLAIN) -> Any:
+    """xp[n,hp,wp,ci], w[kh,kw,ci,co], (b[co]), others, scratch → y[n,oh,ow,co], finished."""
     if winograd.suits(cpu, conv):
-        return winograd.forward(cpu, conv, bias=bias)
+        return winograd.forward(cpu, conv, bias=bias, finish=finish)
     sh, sw = conv.stride
     shapes = {"xp": _padded(conv), "w": _weight(conv), **({"b": (conv.co,)} if bias else {})}
-    with Kernel(**shapes, y=_output(conv)) as kernel:
-        xp, w, *b, y = kernel.buffers
+    with Kernel(**shapes, **finish.parameters(_output(conv)), y=_output(conv)) as kernel:
+        xp, w, *more, y = kernel.buffers
+        b, write = more[:bias], finish.into(y, more[bias:])
         with T.parallel(conv.n) as i:
             for co, widths in _channels(cpu, conv.co):
                 for oh, ow, block in pixel_blocks(cpu, conv.oh, conv.ow, widths):
@@ -142,19 +144,19 @@ def forward(cpu: Cpu, conv: Conv, *, bias: bool) -> Any:
                             [load(w, kh, kw, ci, co + o, lanes=n) for o, n in tile.vectors()],
                         )
                     for row, vector, offset, _ in tile.cells():
-                        store(y, tile.get(row, vector), i, *pixels[row], co + offset)
+                        write(tile.get(row, vector), i, *pixels[row], co + offset)
     return kernel.function
 
 
-def backward_data(cpu: Cpu, conv: Conv) -> Any:
-    """d[n,oh,ow,co], w[kh,kw,ci,co], scratch → dx[n,h,w,ci].
+def backward_data(cpu: Cpu, conv: Conv, *, finish: Epilogue = PLAIN) -> Any:
+    """d[n,oh,ow,co], w[kh,kw,ci,co], others, scratch → dx[n,h,w,ci], finished.
 
     Inputs whose padded position is r modulo the stride meet only the taps r, r + stride, …: for
     each such phase, dx is a dense convolution of d within a zero border. Scratch holds that
     bordered d, then the weights turned around and with their channels swapped, [kh,kw,co,ci].
     """
     if winograd.suits(cpu, conv):
-        return winograd.backward_data(cpu, conv)
+        return winograd.backward_data(cpu, conv, finish=finish)
     rows, columns = axes(conv)
     bordered = conv.n * rows.length * columns.length * conv.co
 
@@ -165,9 +167,10 @@ def backward_data(cpu: Cpu, conv: Conv) -> Any:
         return bordered + ((kh * conv.kw + kw) * conv.co + co) * conv.ci + ci
 
     image = (conv.n, conv.h, conv.w, conv.ci)
-    scratch_shape = (bordered + conv.weights,)
-    with Kernel(d=_output(conv), w=_weight(conv), scratch=scratch_shape, dx=image) as kernel:
-        d, w, scratch, dx = kernel.buffers
+    shapes = {"d": _output(conv), "w": _weight(conv), **finish.parameters(image)}
+    with Kernel(**shapes, scratch=(bordered + conv.weights,), dx=image) as kernel:
+        d, w, *others, scratch, dx = kernel.buffers
+        write = finish.into(dx, others)
         with T.parallel(conv.n) as i:
             for h, v, inside in bordered_pixels(rows.border, columns.border):
                 for co, lanes in vectors(conv.co, cpu.lanes):
@@ -200,7 +203,7 @@ def backward_data(cpu: Cpu, conv: Conv) -> Any:
                         for row, vector, offset, _ in tile.cells():
                             dh, dv = block[row]
                             target = (across.target(q + dh), along.target(r + dv))
-                            store(dx, tile.get(row, vector), i, *target, ci + offset)
+                            write(tile.get(row, vector), i, *target, ci + offset)
     return kernel.function
 
 

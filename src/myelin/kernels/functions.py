@@ -65,7 +65,11 @@ def exp(x: Any) -> Any:
     half = T.bind(whole >> _integer(x, 1))
     y = T.bind(y * _power_of_two(half) * _power_of_two(whole - half))
     y = select(x < _like(x, -87.33654475), _like(x, 0.0), y)
-    return select(is_nan(x), x, select(x > _like(x, 88.72283906), _like(x, float("inf")), y))
+    return select(
+        is_nan(x),
+        _like(x, float("nan")),
+        select(x > _like(x, 88.72283906), _like(x, float("inf")), y),
+    )
 
 
 def log(x: Any) -> Any:
@@ -90,7 +94,7 @@ def log(x: Any) -> Any:
     y = T.bind(m + small + exponent * _like(x, 0.693359375))
     y = select(x < _like(x, _SMALLEST_NORMAL), _like(x, float("-inf")), y)
     y = select(x <= _like(x, -_SMALLEST_NORMAL), _like(x, float("nan")), y)
-    return select(is_nan(x), x, select(x == _like(x, float("inf")), x, y))
+    return select(is_nan(x), _like(x, float("nan")), select(x == _like(x, float("inf")), x, y))
 
 
 def tanh(x: Any) -> Any:
@@ -126,7 +130,7 @@ def _odd_rational(x: Any, limit: float, coefficients: _Rational) -> Any:
     y = inside * _polynomial(square, coefficients[0]) / _polynomial(square, coefficients[1])
     y = select(x > _like(x, limit), _like(x, 1.0), y)
     y = select(x < _like(x, -limit), _like(x, -1.0), y)
-    return select(is_nan(x), x, y)
+    return select(is_nan(x), _like(x, float("nan")), y)
 
 
 def _polynomial(x: Any, coefficients: Sequence[float]) -> Any:

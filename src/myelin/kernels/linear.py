@@ -14,6 +14,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
+from myelin.kernels.epilogue import PLAIN, Epilogue
 from myelin.kernels.tir import (
     Kernel,
     blocks,
@@ -37,32 +38,33 @@ EXAMPLES = 32
 _TINY = 2.0**-126
 
 
-def matmul(cpu: Cpu, m: int, k: int, n: int, *, bias: bool) -> Any:
-    """x[m, k], w[k, n], (b[n]) → y[m, n] = x @ w (+ b)."""
-    shapes = {"x": (m, k), "w": (k, n), **({"b": (n,)} if bias else {}), "y": (m, n)}
-    with Kernel(**shapes) as kernel:
-        x, w, *b, y = kernel.buffers
+def matmul(cpu: Cpu, m: int, k: int, n: int, *, bias: bool, finish: Epilogue = PLAIN) -> Any:
+    """x[m, k], w[k, n], (b[n]), others[m, n]… → y[m, n] = x @ w (+ b), finished."""
+    shapes = {"x": (m, k), "w": (k, n), **({"b": (n,)} if bias else {})}
+    with Kernel(**shapes, **finish.parameters((m, n)), y=(m, n)) as kernel:
+        x, w, *more, y = kernel.buffers
+        b, others = more[:bias], more[bias:]
         _product(
             cpu,
             (m, n, k),
             left=lambda _, r, row, depth: load(x, row + r, depth),
             right=lambda depth, column, lanes: load(w, depth, column, lanes=lanes),
             start=lambda column, lanes: load(b[0], column, lanes=lanes) if b else splat(0.0, lanes),
-            out=y,
+            write=finish.into(y, others),
         )
     return kernel.function
 
 
-def backward_data(cpu: Cpu, m: int, k: int, n: int) -> Any:
-    """d[m, n], w[k, n] → dx[m, k] = d @ wᵀ."""
-    with Kernel(d=(m, n), w=(k, n), dx=(m, k)) as kernel:
-        d, w, dx = kernel.buffers
+def backward_data(cpu: Cpu, m: int, k: int, n: int, *, finish: Epilogue = PLAIN) -> Any:
+    """d[m, n], w[k, n], others[m, k]… → dx[m, k] = d @ wᵀ, finished."""
+    with Kernel(d=(m, n), w=(k, n), **finish.parameters((m, k)), dx=(m, k)) as kernel:
+        d, w, *others, dx = kernel.buffers
         _product(
             cpu,
             (m, k, n),
             left=lambda _, r, row, depth: load(d, row + r, depth),
             right=lambda depth, column, lanes: [load(w, column + i, depth) for i in range(lanes)],
-            out=dx,
+            write=finish.into(dx, others),
         )
     return kernel.function
 
@@ -92,7 +94,7 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
             (k, n, m),
             left=lambda tile, r, _, example: load(kept, tile, example, r),
             right=scaled,
-            out=g,
+            write=PLAIN.into(g, []),
             chain=EXAMPLES,
         )
     return kernel.function
@@ -181,10 +183,10 @@ def _product(
     left: Callable[[Any, int, Any, Any], Any],
     right: Callable[[Any, Any, int], Any],
     start: Callable[[Any, int], Any] = lambda _column, lanes: splat(0.0, lanes),
-    out: Any,
+    write: Callable[..., None],
     chain: int | None = None,
 ) -> None:
-    """out[row, column] = start[column] + Σ_depth left[row, depth] · right[depth, column].
+    """Writes start[column] + Σ_depth left[row, depth] · right[depth, column] at (row, column).
 
     `extents` are (rows, columns, depth). `left` is asked for row `r` of tile `tile`, which starts
     at `row`, at a depth. `right` gives a vector, or a list of scalars where its columns are not
@@ -238,7 +240,7 @@ def _product(
                         store(totals[r], load(totals[r], offset, lanes=lanes) + more, offset)
         for r in range(tile_rows):
             for offset, lanes in vectors_wide:
-                store(out, load(totals[r], offset, lanes=lanes), row + r, column + offset)
+                write(load(totals[r], offset, lanes=lanes), row + r, column + offset)
 
 
 def tile_shape(cpu: Cpu, rows: int, columns: int) -> tuple[int, int]:

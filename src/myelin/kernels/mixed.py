@@ -28,6 +28,7 @@ from myelin.kernels.bf16 import (
     rounded,
     words,
 )
+from myelin.kernels.epilogue import PLAIN, Epilogue
 from myelin.kernels.linear import (
     EXAMPLES,
     if_counted,
@@ -64,26 +65,28 @@ __all__ = [
 Read = Callable[[Any, Any, int], Any]
 
 
-def matmul(cpu: Cpu, m: int, k: int, n: int, *, bias: bool) -> Any:
-    """x[m, k], w[k, n], (b[n]) → y[m, n] = x @ w (+ b)."""
-    shapes = {"x": (m, k), "w": (k, n), **({"b": (n,)} if bias else {}), "y": (m, n)}
-    with Kernel(**shapes) as kernel, words():
-        x, w, *b, y = kernel.buffers
+def matmul(cpu: Cpu, m: int, k: int, n: int, *, bias: bool, finish: Epilogue = PLAIN) -> Any:
+    """x[m, k], w[k, n], (b[n]), others[m, n]… → y[m, n] = x @ w (+ b), finished."""
+    shapes = {"x": (m, k), "w": (k, n), **({"b": (n,)} if bias else {})}
+    with Kernel(**shapes, **finish.parameters((m, n)), y=(m, n)) as kernel, words():
+        x, w, *more, y = kernel.buffers
+        b, others = more[:bias], more[bias:]
         factor = _rows(_reader(x), m, k)
         panels = _Panels(cpu, m, n, k)
         panels.pack_rows(_reader(w))
-        panels.multiply(factor, y, start=b[0] if b else None)
+        panels.multiply(factor, finish.into(y, others), start=b[0] if b else None)
     return kernel.function
 
 
-def backward_data(cpu: Cpu, m: int, k: int, n: int) -> Any:
-    """d[m, n], w[k, n] → dx[m, k] = d @ wᵀ."""
-    with Kernel(d=(m, n), w=(k, n), dx=(m, k)) as kernel, words():
-        d, w, dx = kernel.buffers
+def backward_data(cpu: Cpu, m: int, k: int, n: int, *, finish: Epilogue = PLAIN) -> Any:
+    """d[m, n], w[k, n], others[m, k]… → dx[m, k] = d @ wᵀ, finished."""
+    shapes = {"d": (m, n), "w": (k, n), **finish.parameters((m, k))}
+    with Kernel(**shapes, dx=(m, k)) as kernel, words():
+        d, w, *others, dx = kernel.buffers
         factor = _rows(_reader(d), m, n)
         panels = _Panels(cpu, m, k, n)
         panels.pack_columns(_reader(w))
-        panels.multiply(factor, dx)
+        panels.multiply(factor, finish.into(dx, others))
     return kernel.function
 
 
@@ -106,7 +109,7 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
         factor = _columns(kept, k, m)
         panels = _Panels(cpu, k, n, m)
         panels.pack_rows(scaled)
-        panels.multiply(factor, g, chain=EXAMPLES // 2)
+        panels.multiply(factor, PLAIN.into(g, []), chain=EXAMPLES // 2)
     return kernel.function
 
 
@@ -219,12 +222,12 @@ class _Panels:
     def multiply(
         self,
         factor: Callable[[Any, Any], Any],
-        out: Any,
+        write: Callable[..., None],
         *,
         start: Any = None,
         chain: int | None = None,
     ) -> None:
-        """out[row, column] = start[column] + Σ_pair factor(row, pair) · packed.
+        """Writes start[column] + Σ_pair factor(row, pair) · packed at (row, column).
 
         With `chain`, no accumulator adds more than that many pairs before it goes into a total.
         """
@@ -234,7 +237,7 @@ class _Panels:
 
         def one(panel: Any, tile: Any, first: Any, size: int) -> None:
             row = T.bind(tile_start(tile, self.tile, self.rows))
-            self._cell(factor, out, start, chain, panel, row, first, size)
+            self._cell(factor, write, start, chain, panel, row, first, size)
 
         if self.count > 1:
             with tasks((self.count - 1) * tiles, work) as task:
@@ -246,7 +249,7 @@ class _Panels:
     def _cell(
         self,
         factor: Callable[[Any, Any], Any],
-        out: Any,
+        write: Callable[..., None],
         start: Any,
         chain: int,
         panel: Any,
@@ -254,7 +257,7 @@ class _Panels:
         first: Any,
         size: int,
     ) -> None:
-        """The tile of `out` at (row, first), of which `size` columns count."""
+        """The tile at (row, first), of which `size` columns count."""
         cells = [(r, at) for r in range(self.tile) for at in range(0, self.width, LANES)]
         sums = {cell: local(LANES) for cell in cells}
         totals = {cell: local(LANES) for cell in cells} if chain < self.pairs else sums
@@ -277,7 +280,7 @@ class _Panels:
                     store(totals[cell], load(totals[cell], 0, lanes=LANES) + more, 0)
         for r, at in cells:
             lanes = min(LANES, size - at)
-            store(out, load(totals[r, at], 0, lanes=lanes), row + r, first + at)
+            write(load(totals[r, at], 0, lanes=lanes), row + r, first + at)
 
     def _step(
         self, sums: Any, factor: Callable[[Any, Any], Any], panel: Any, row: Any, pair: Any

@@ -22,6 +22,7 @@ from myelin.cpu import Cpu
 from myelin.kernels import conv as plain
 from myelin.kernels import winograd
 from myelin.kernels.bf16 import LANES, add_outer, filled, neighbours, pairs, words
+from myelin.kernels.epilogue import PLAIN, Epilogue
 from myelin.kernels.operands import BF16
 from myelin.kernels.tiles import SquaredNorm, Tile, grid, segments, steps
 from myelin.kernels.tir import Kernel, blocks, load, local, serial, splat, store
@@ -68,24 +69,34 @@ def _comes_in_pairs(conv: Conv, product: Product) -> bool:
     return all(step % 2 == 0 for step in steps_)
 
 
-def forward(cpu: Cpu, conv: Conv, *, bias: bool, algorithm: Algorithm | None = None) -> Any:
-    """xp[n,hp,wp,ci], w[kh,kw,ci,co], (b[co]), scratch… → y[n,oh,ow,co].
+def forward(
+    cpu: Cpu,
+    conv: Conv,
+    *,
+    bias: bool,
+    finish: Epilogue = PLAIN,
+    algorithm: Algorithm | None = None,
+) -> Any:
+    """xp[n,hp,wp,ci], w[kh,kw,ci,co], (b[co]), others, scratch… → y[n,oh,ow,co], finished.
 
     A row of a window, kw · ci numbers, lies together in memory, and so do its pairs.
     """
     match algorithm or choose(cpu, conv, "forward"):
         case "float32":
-            return plain.forward(cpu, conv, bias=bias)
+            return plain.forward(cpu, conv, bias=bias, finish=finish)
         case "winograd":
-            return winograd.forward(cpu, conv, bias=bias, operands=BF16)
+            return winograd.forward(cpu, conv, bias=bias, finish=finish, operands=BF16)
     row, window = conv.wp * conv.ci, conv.kw * conv.ci
     sh, step = conv.stride[0], conv.stride[1] * conv.ci // 2
     shapes: dict[str, Any] = {"xp": (conv.n, conv.hp, row), "w": (conv.kh, window, conv.co)}
     shapes |= {"b": (conv.co,)} if bias else {}
+    output = (conv.n, conv.oh, conv.ow, conv.co)
+    shapes |= finish.parameters(output)
     shapes["packed"] = ((conv.n, conv.hp, _whole(row // 2)), "int32")
     shapes["weights"] = ((conv.kh, window // 2, _whole(conv.co)), "int32")
-    with Kernel(**shapes, y=(conv.n, conv.oh, conv.ow, conv.co)) as kernel, words():
-        xp, w, *b, packed, weights, y = kernel.buffers
+    with Kernel(**shapes, y=output) as kernel, words():
+        xp, w, *more, packed, weights, y = kernel.buffers
+        b, write = more[:bias], finish.into(y, more[bias:])
         with T.parallel(conv.kh) as kh, serial(window // 2) as pair:
             for at, size in blocks(conv.co, LANES):
                 even, odd = (_reader(w, kh, 2 * pair + o) for o in (0, 1))
@@ -112,29 +123,37 @@ def forward(cpu: Cpu, conv: Conv, *, bias: bool, algorithm: Algorithm | None = N
                         )
                     for at, vector, offset, _ in tile.cells():
                         value = tile.get(at, vector, lanes[vector])
-                        store(y, value, i, *pixels[at], co + offset)
+                        write(value, i, *pixels[at], co + offset)
     return kernel.function
 
 
-def backward_data(cpu: Cpu, conv: Conv, *, algorithm: Algorithm | None = None) -> Any:
-    """d[n,oh,ow,co], w[kh,kw,ci,co], scratch… → dx[n,h,w,ci]; pairs lie along co."""
+def backward_data(
+    cpu: Cpu, conv: Conv, *, finish: Epilogue = PLAIN, algorithm: Algorithm | None = None
+) -> Any:
+    """d[n,oh,ow,co], w[kh,kw,ci,co], others, scratch… → dx[n,h,w,ci], finished.
+
+    Pairs lie along co.
+    """
     match algorithm or choose(cpu, conv, "backward_data"):
         case "float32":
-            return plain.backward_data(cpu, conv)
+            return plain.backward_data(cpu, conv, finish=finish)
         case "winograd":
-            return winograd.backward_data(cpu, conv, operands=BF16)
+            return winograd.backward_data(cpu, conv, finish=finish, operands=BF16)
     rows, columns = plain.axes(conv)
     half = conv.co // 2
     line = conv.ow * conv.co
+    image = (conv.n, conv.h, conv.w, conv.ci)
     shapes: dict[str, Any] = {
         "d": (conv.n, conv.oh, line),
         "w": (conv.kh, conv.kw, conv.ci, conv.co),
+        **finish.parameters(image),
         "packed": ((conv.n, conv.oh, _whole(line // 2)), "int32"),
         "bordered": ((conv.n, rows.length, columns.length, half), "int32"),
         "turned": ((conv.kh, conv.kw, half, _whole(conv.ci)), "int32"),
     }
-    with Kernel(**shapes, dx=(conv.n, conv.h, conv.w, conv.ci)) as kernel, words():
-        d, w, packed, bordered, turned, dx = kernel.buffers
+    with Kernel(**shapes, dx=image) as kernel, words():
+        d, w, *others, packed, bordered, turned, dx = kernel.buffers
+        write = finish.into(dx, others)
         with T.parallel(conv.kh * conv.kw) as tap:
             kh, kw = tap // conv.kw, tap % conv.kw
             at = (conv.kh - 1 - kh, conv.kw - 1 - kw)
@@ -152,9 +171,9 @@ def backward_data(cpu: Cpu, conv: Conv, *, algorithm: Algorithm | None = None) -
                 _pack_row(_reader(d, i, h), line, packed, i, h)
             for h, v, inside in plain.bordered_pixels(rows.border, columns.border):
                 for co, size in blocks(half, LANES):
-                    image = (h - rows.border[0], (v - columns.border[0]) * half + co)
+                    pixel = (h - rows.border[0], (v - columns.border[0]) * half + co)
                     zeros = splat(T.int32(0), size)
-                    value = load(packed, i, *image, lanes=size) if inside else zeros
+                    value = load(packed, i, *pixel, lanes=size) if inside else zeros
                     store(bordered, value, i, h, v, co)
             for ci, lanes in _channels(conv.ci):
                 for across, along in product(rows.phases(), columns.phases()):
@@ -179,7 +198,7 @@ def backward_data(cpu: Cpu, conv: Conv, *, algorithm: Algorithm | None = None) -
                             dh, dv = block[number]
                             target = (across.target(q + dh), along.target(r + dv))
                             value = tile.get(number, vector, lanes[vector])
-                            store(dx, value, i, *target, ci + offset)
+                            write(value, i, *target, ci + offset)
     return kernel.function
 
 

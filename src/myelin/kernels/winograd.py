@@ -19,6 +19,7 @@ and output channels come in whole vectors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
+from myelin.kernels.epilogue import PLAIN, Epilogue
 from myelin.kernels.functions import is_finite
 from myelin.kernels.operands import FLOAT32, Operands
 from myelin.kernels.tiles import (
@@ -100,32 +102,44 @@ def gradient_error(conv: Conv) -> float:
 # Kernels
 
 
-def forward(cpu: Cpu, conv: Conv, *, bias: bool, operands: Operands = FLOAT32) -> Any:
-    """xp[n,hp,wp,ci], w[3,3,ci,co], (b[co]), scratch… → y[n,oh,ow,co]."""
+def forward(
+    cpu: Cpu,
+    conv: Conv,
+    *,
+    bias: bool,
+    finish: Epilogue = PLAIN,
+    operands: Operands = FLOAT32,
+) -> Any:
+    """xp[n,hp,wp,ci], w[3,3,ci,co], (b[co]), others, scratch… → y[n,oh,ow,co], finished."""
     rows = _Axis(before=0, size=conv.hp, outputs=conv.oh)
     columns = _Axis(before=0, size=conv.wp, outputs=conv.ow)
     layer = _Product(
         cpu=cpu, operands=operands, n=conv.n, ci=conv.ci, co=conv.co, rows=rows, columns=columns
     )
+    output = (conv.n, conv.oh, conv.ow, conv.co)
     shapes = {
         "xp": (conv.n, conv.hp, conv.wp, conv.ci),
         "w": (3, 3, conv.ci, conv.co),
         **({"b": (conv.co,)} if bias else {}),
+        **finish.parameters(output),
         **layer.scratch,
     }
-    with Kernel(**shapes, y=(conv.n, conv.oh, conv.ow, conv.co)) as kernel, operands.scope():
-        xp, w, *b, points, inputs, products, y = kernel.buffers
+    with Kernel(**shapes, y=output) as kernel, operands.scope():
+        xp, w, *more, points, inputs, products, y = kernel.buffers
+        b = more[:bias]
         layer.weights(points, lambda i, j, k, c, lanes: load(w, i, j, k, c, lanes=lanes))
 
-        def finish(value: Any, channel: Any, lanes: int) -> Any:
+        def biased(value: Any, channel: Any, lanes: int) -> Any:
             return value + load(b[0], channel, lanes=lanes) if b else value
 
-        layer.run(xp, points, inputs, products, y, finish)
+        layer.run(xp, points, inputs, products, y, biased, finish, more[bias:])
     return kernel.function
 
 
-def backward_data(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> Any:
-    """d[n,oh,ow,co], w[3·3·ci·co], scratch… → dx[n,h,w,ci].
+def backward_data(
+    cpu: Cpu, conv: Conv, *, finish: Epilogue = PLAIN, operands: Operands = FLOAT32
+) -> Any:
+    """d[n,oh,ow,co], w[3·3·ci·co], others, scratch… → dx[n,h,w,ci], finished.
 
     A convolution of d within a border with the weights turned around and their channels swapped.
     """
@@ -135,20 +149,23 @@ def backward_data(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> Any:
     layer = _Product(
         cpu=cpu, operands=operands, n=conv.n, ci=conv.co, co=conv.ci, rows=rows, columns=columns
     )
+    image = (conv.n, conv.h, conv.w, conv.ci)
     shapes = {
         "d": (conv.n, conv.oh, conv.ow, conv.co),
         "w": (conv.weights,),
+        **finish.parameters(image),
         **layer.scratch,
     }
-    with Kernel(**shapes, dx=(conv.n, conv.h, conv.w, conv.ci)) as kernel, operands.scope():
-        d, w, points, inputs, products, dx = kernel.buffers
+    with Kernel(**shapes, dx=image) as kernel, operands.scope():
+        d, w, *others, points, inputs, products, dx = kernel.buffers
 
         def turned(i: int, j: int, co: Any, ci: Any, lanes: int) -> Any:
             at = (((2 - i) * 3 + 2 - j) * conv.ci + ci) * conv.co + co
             return w[T.Ramp(at, conv.co, lanes)] if lanes > 1 else w[at]
 
         layer.weights(points, turned)
-        layer.run(d, points, inputs, products, dx, lambda value, _channel, _lanes: value)
+        plain = lambda value, _channel, _lanes: value  # noqa: E731
+        layer.run(d, points, inputs, products, dx, plain, finish, others)
     return kernel.function
 
 
@@ -253,10 +270,11 @@ class _Axis:
             at = T.min(at, self.size - 1)
         return at, _all(inside)
 
-    def output(self, tile: Any, offset: int) -> tuple[Any, Any]:
+    def output(self, tile: Any, offset: Any) -> tuple[Any, Any]:
         """Where output `offset` of a tile is, and whether it exists (None: always)."""
         at = tile * 4 + offset
-        if 4 * (self.tiles - 1) + offset < self.outputs:
+        most = offset if isinstance(offset, int) else 3
+        if 4 * (self.tiles - 1) + most < self.outputs:
             return at, None
         return T.min(at, self.outputs - 1), at < self.outputs
 
@@ -451,9 +469,11 @@ class _Product:
         inputs: Any,
         products: Any,
         y: Any,
-        finish: Callable[[Any, Any, int], Any],
+        biased: Callable[[Any, Any, int], Any],
+        finish: Epilogue,
+        others: Sequence[Any],
     ) -> None:
-        """y = finish(x * weights, channel, lanes)."""
+        """y = biased(x * weights, channel, lanes), finished."""
         for chunk, block in _shares(self._tiles // self._block, self._chunks):
             with serial(self._block) as t:
                 place = self._place(block * self._block + t)
@@ -466,7 +486,18 @@ class _Product:
                     for _, offset, lanes in _offsets(widths):
                         at = t * self._wide + offset
                         values = self._output(products, chunk, at, lanes)
-                        self._finish(y, values, place, channel + offset, lanes, finish)
+                        for p, value in enumerate(values):
+                            with self._existing(place, *divmod(p, 4)) as pixel:
+                                result = biased(value, channel + offset, lanes)
+                                store(y, result, *pixel, channel + offset)
+            if finish is not PLAIN:
+                # Of whole pixels, in long runs: a group's would wait for each line of the others.
+                for i, t, j in grid(4, self._block, 4):
+                    place = self._place(block * self._block + t)
+                    with self._existing(place, i, j) as pixel:
+                        for channel, lanes in vectors(self.co, self.cpu.lanes):
+                            value = load(y, *pixel, channel, lanes=lanes)
+                            finish.into(y, others)(value, *pixel, channel)
 
     def _input(
         self, x: Any, inputs: Any, chunk: Any, t: Any, place: Values, k: Any, lanes: int
@@ -511,25 +542,17 @@ class _Product:
 
         return _both(_Lanes(lanes).output, 6, source)
 
-    def _finish(
-        self,
-        y: Any,
-        values: Values,
-        place: Values,
-        channel: Any,
-        lanes: int,
-        finish: Callable[[Any, Any, int], Any],
-    ) -> None:
+    @contextmanager
+    def _existing(self, place: Values, i: Any, j: Any) -> Iterator[Values]:
+        """(image, row, column) of output (i, j) of a tile; what is written is, if it exists."""
         image, row, column = place
-        for (i, j), value in zip(product(range(4), range(4)), values, strict=True):
-            (h, above), (w, beside) = self.rows.output(row, i), self.columns.output(column, j)
-            result = finish(value, channel, lanes)
-            inside = _all([condition for condition in (above, beside) if condition is not None])
-            if inside is None:
-                store(y, result, image, h, w, channel)
-            else:
-                with T.If(inside), T.Then():
-                    store(y, result, image, h, w, channel)
+        (h, above), (w, beside) = self.rows.output(row, i), self.columns.output(column, j)
+        inside = _all([condition for condition in (above, beside) if condition is not None])
+        with ExitStack() as stack:
+            if inside is not None:
+                stack.enter_context(T.If(inside))
+                stack.enter_context(T.Then())
+            yield [image, h, w]
 
     def _place(self, tile: Any) -> Values:
         """(image, row, column) of a tile."""
