@@ -3,7 +3,7 @@
 `python -m benchmarks.accuracy [--models NAME,…] [--steps N]`. The same weights, the same batches,
 no noise: the kernels of a private image, norms and factors included, run outside any enclave with a
 threshold that clips nothing. What float32 alone does is shown by PyTorch against itself in another
-memory layout.
+memory layout, what bfloat16 does by a bf16 image and by PyTorch's autocast.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from benchmarks import pictures, report
 from benchmarks.models import Case, case_named
 from benchmarks.report import BUILD, THREADS, Section, Table
 from myelin import nn
-from myelin.cpu import Cpu
+from myelin.cpu import Cpu, Precision
 from myelin.model import Model, load
 from myelin.optimizer import SGD
 from myelin.outside import Outside
@@ -37,6 +37,8 @@ STEPS = 200
 RATE, MOMENTUM = 0.001, 0.9
 UNCLIPPED = 1e6
 """A threshold above every gradient's norm."""
+
+REFERENCE = "PyTorch"
 
 Batches = list[tuple[Any, Any]]
 
@@ -63,8 +65,10 @@ def section(models: Sequence[str], steps: int, folder: Path) -> Section:
             f"Mean loss of each step's batch before the step, {steps} steps of SGD with rate "
             f"{RATE} and momentum {MOMENTUM} on scikit-learn's digits, enlarged: the same start "
             "and batches, nothing noised, nothing clipped. Ours are the kernels of a private "
-            "image. PyTorch against itself in channels_last shows how far rounding alone leads."
-        ),
+            "image. PyTorch against itself in channels_last shows how far rounding alone leads, "
+            "its bf16 autocast how far bfloat16 does. "
+            + ("" if has_bf16() else f"{Cpu.native().level} has no bf16: those curves are missing.")
+        ).strip(),
         tables=[table(model, values) for model, values in found.items()],
         pictures=[("Loss curves", picture)],
     )
@@ -74,15 +78,27 @@ def curves(case: Case, steps: int) -> dict[str, list[float]]:
     """The losses of each system."""
     model = started(load(case.layers(nn), case.shape))
     drawn = batches(case, steps)
-    report.say(f"{case.name}: {steps} steps of ours")
-    found = {"Myelin": ours(case, model, drawn)}
-    for name, layout in (
-        ("PyTorch", torch.contiguous_format),
-        ("PyTorch, channels_last", torch.channels_last),
-    ):
+    plain, last = torch.contiguous_format, torch.channels_last
+    systems: dict[str, Callable[[], list[float]]] = {
+        "Myelin": lambda: ours(case, model, drawn, "float32"),
+        REFERENCE: lambda: theirs(case, model, drawn, plain),
+        "PyTorch, channels_last": lambda: theirs(case, model, drawn, last),
+    }
+    if has_bf16():
+        systems |= {
+            "Myelin, bf16": lambda: ours(case, model, drawn, "bf16"),
+            "PyTorch, bf16": lambda: theirs(case, model, drawn, last, autocast=True),
+        }
+    found = {}
+    for name, train in systems.items():
         report.say(f"{case.name}: {steps} steps of {name}")
-        found[name] = theirs(case, model, drawn, layout)
+        found[name] = train()
     return found
+
+
+def has_bf16() -> bool:
+    """Whether this machine's level has the precision."""
+    return "bf16" in Cpu.native().precisions
 
 
 def started(model: Model) -> Model:
@@ -115,7 +131,7 @@ def batches(case: Case, steps: int) -> Batches:
     return [(images[rows], labels[rows]) for rows in chosen]
 
 
-def ours(case: Case, model: Model, drawn: Batches) -> list[float]:
+def ours(case: Case, model: Model, drawn: Batches, precision: Precision) -> list[float]:
     """By the compiled kernels; the loss in float64 from what `predict` gives."""
     cpu = Cpu.native()
     program = compile_training(
@@ -124,6 +140,7 @@ def ours(case: Case, model: Model, drawn: Batches) -> list[float]:
         optimizer=SGD(lr=RATE, momentum=MOMENTUM),
         batch=case.batch,
         cpu=cpu,
+        precision=precision,
     )
     outside = Outside(program, cpu)
     weights = pack(program, model.parameters)
@@ -136,7 +153,14 @@ def ours(case: Case, model: Model, drawn: Batches) -> list[float]:
     return losses
 
 
-def theirs(case: Case, model: Model, drawn: Batches, layout: torch.memory_format) -> list[float]:
+def theirs(
+    case: Case,
+    model: Model,
+    drawn: Batches,
+    layout: torch.memory_format,
+    *,
+    autocast: bool = False,
+) -> list[float]:
     """By PyTorch, from the same weights."""
     torch.set_num_threads(THREADS)
     net = case.layers(torch.nn)
@@ -145,7 +169,8 @@ def theirs(case: Case, model: Model, drawn: Batches, layout: torch.memory_format
     optimizer = torch.optim.SGD(net.parameters(), lr=RATE, momentum=MOMENTUM)
     losses = []
     for x, y in drawn:
-        outputs = net(torch.tensor(x).contiguous(memory_format=layout))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = net(torch.tensor(x).contiguous(memory_format=layout)).float()
         losses.append(cross_entropy(outputs.detach().numpy(), y))
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(outputs, torch.tensor(y).long()).backward()
@@ -163,23 +188,26 @@ def cross_entropy(outputs: Any, labels: Any) -> float:
 
 def table(model: str, found: dict[str, list[float]]) -> Table:
     """Every tenth part of the way, and the largest differences of all steps."""
-    first, second, third = found.values()
-    apart, usual = np.abs(np.subtract(first, second)), np.abs(np.subtract(third, second))
-    shown = sorted({*range(0, len(first), max(1, len(first) // 10)), len(first) - 1})
+    reference = found[REFERENCE]
+    others = [name for name in found if name != REFERENCE]
+    apart = {name: np.abs(np.subtract(found[name], reference)).max() for name in others}
+    steps = len(reference)
+    shown = sorted({*range(0, steps, max(1, steps // 10)), steps - 1})
     return Table(
-        title=f"{model}: largest difference from PyTorch {apart.max():.1e} (step "
-        f"{apart.argmax() + 1}), of PyTorch from itself {usual.max():.1e}",
-        columns=("step", *found, "Myelin − PyTorch", "channels_last − PyTorch"),
+        title=f"{model}: loss, and its difference from that of PyTorch in float32",
+        columns=("step", REFERENCE, *others),
         rows=[
-            (
-                str(i + 1),
-                *(f"{values[i]:.5f}" for values in found.values()),
-                f"{first[i] - second[i]:+.1e}",
-                f"{third[i] - second[i]:+.1e}",
-            )
-            for i in shown
+            *(
+                (
+                    str(i + 1),
+                    f"{reference[i]:.5f}",
+                    *(f"{found[name][i] - reference[i]:+.1e}" for name in others),
+                )
+                for i in shown
+            ),
+            ("largest of all", "", *(f"{apart[name]:.1e}" for name in others)),
         ],
-        words=0,
+        words=1,
     )
 
 

@@ -91,7 +91,7 @@ def losses(models: Mapping[str, Mapping[str, Sequence[float]]], folder: Path) ->
     """Loss curves, a panel a model."""
     figure, axes = _axes(len(models), 2.9, across=len(models))
     for panel, (model, curves) in zip(axes, models.items(), strict=True):
-        styles = [(OURS, "-"), (PEER, "--"), (DARK, ":")]
+        styles = [(OURS, "-"), (PEER, "--"), (DARK, ":"), (OURS, ":"), (PEER, ":")]
         for (name, values), (colour, style) in zip(curves.items(), styles, strict=False):
             panel.plot(values, style, color=colour, label=name, linewidth=1.2)
         panel.set_title(f"{model}: loss of each step's batch", loc="left", fontsize=10)

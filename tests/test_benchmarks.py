@@ -163,12 +163,27 @@ def call(kernel: str, ms: float, *, gflop: float = 0.0, size: int = 0) -> kernel
 
 def test_our_kernels_and_pytorch_train_alike_from_the_same_start() -> None:
     found = accuracy.curves(TINY, 12)
-    assert list(found) == ["Myelin", "PyTorch", "PyTorch, channels_last"]
-    first, *others = found.values()
-    assert np.log(10) < first[0] < 4
-    assert first[-1] < first[0]
-    for other in others:
-        np.testing.assert_allclose(first, other, rtol=1e-4)
+    exact = ["Myelin", "PyTorch", "PyTorch, channels_last"]
+    rounded = ["Myelin, bf16", "PyTorch, bf16"] if accuracy.has_bf16() else []
+    assert list(found) == [*exact, *rounded]
+    reference = found[accuracy.REFERENCE]
+    assert np.log(10) < reference[0] < 4
+    assert reference[-1] < reference[0]
+    for name in exact:
+        np.testing.assert_allclose(found[name], reference, rtol=1e-4)
+    for name in rounded:
+        np.testing.assert_allclose(found[name], reference, rtol=0.02)
+        assert found[name] != found["Myelin"]
+
+
+def test_without_bf16_its_curves_are_missing_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(accuracy, "has_bf16", lambda: False)
+    monkeypatch.setattr(accuracy, "case_named", lambda _: TINY)
+    section = accuracy.section(["tiny"], 2, tmp_path)
+    assert section.tables[0].columns == ("step", "PyTorch", "Myelin", "PyTorch, channels_last")
+    assert section.text.endswith("has no bf16: those curves are missing.")
 
 
 def test_the_loss_of_logits_is_that_of_pytorch() -> None:
