@@ -19,7 +19,8 @@ few = settings(
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 70))
 # Sizes of layers that people train, and edges: one output, one example, more than one tile.
 layers = pytest.mark.parametrize(
-    ("m", "k", "n"), [(256, 30, 1), (64, 128, 10), (33, 100, 50), (1, 17, 33), (70, 65, 97)]
+    ("m", "k", "n"),
+    [(256, 30, 1), (64, 128, 10), (33, 100, 50), (1, 17, 33), (70, 65, 97), (3, 9, 530)],
 )
 
 

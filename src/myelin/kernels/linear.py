@@ -1,14 +1,14 @@
 """Linear layers: products of matrices, and norms of their gradients.
 
-All products are one tiled loop (`_product`). Its right factor is packed first, so that the inner
-loop reads it in order. A tile at the edge starts earlier instead of being cut: there is one tile
-shape a kernel, and what two tiles both write is the same bits. Sizes: m examples, k inputs, n
-outputs.
+All products are one tiled loop (`_product`). A factor is packed before it only where the loop would
+read it badly as it is: that is a pass over memory, and a loop on all threads, more. A tile at the
+edge starts earlier instead of being cut: there is one tile shape a kernel, and what two tiles both
+write is the same bits. Sizes: m examples, k inputs, n outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -28,12 +28,17 @@ from myelin.kernels.tir import (
     store,
     tasks,
     total,
+    transposed,
     vectors,
     workspace,
 )
 
 # Examples that one float32 accumulator adds before it goes into the total.
 EXAMPLES = 32
+# Examples whose factors are packed together.
+_PACKED = 16
+# Numbers of a row from which on columns are packed: rows of pages share the same lines of a cache.
+_LONG = 512
 # The smallest normal float32: what flushing to zero can take from one term.
 _TINY = 2.0**-126
 
@@ -44,11 +49,19 @@ def matmul(cpu: Cpu, m: int, k: int, n: int, *, bias: bool, finish: Epilogue = P
     with Kernel(**shapes, **finish.parameters((m, n)), y=(m, n)) as kernel:
         x, w, *more, y = kernel.buffers
         b, others = more[:bias], more[bias:]
+        right = _rows_of(w)
+        if n > _LONG:
+            panels = _Panels(cpu, m, n, k)
+            for panel, column in panels.each():
+                with serial(k) as depth:
+                    for at, lanes in panels.vectors:
+                        panels.pack(load(w, depth, column + at, lanes=lanes), panel, depth, at)
+            right = panels.read
         _product(
             cpu,
             (m, n, k),
             left=lambda _, r, row, depth: load(x, row + r, depth),
-            right=lambda depth, column, lanes: load(w, depth, column, lanes=lanes),
+            right=right,
             start=lambda column, lanes: load(b[0], column, lanes=lanes) if b else splat(0.0, lanes),
             write=finish.into(y, others),
         )
@@ -59,11 +72,18 @@ def backward_data(cpu: Cpu, m: int, k: int, n: int, *, finish: Epilogue = PLAIN)
     """d[m, n], w[k, n], others[m, k]… → dx[m, k] = d @ wᵀ, finished."""
     with Kernel(d=(m, n), w=(k, n), **finish.parameters((m, k)), dx=(m, k)) as kernel:
         d, w, *others, dx = kernel.buffers
+        panels = _Panels(cpu, m, k, n)
+        for panel, column in panels.each():
+            for first, size in blocks(n, cpu.lanes):
+                for at, lanes in panels.vectors:
+                    rows = [load(w, column + at + i, first, lanes=size) for i in range(lanes)]
+                    for i, value in enumerate(transposed(rows)):
+                        panels.pack(value, panel, first + i, at)
         _product(
             cpu,
             (m, k, n),
             left=lambda _, r, row, depth: load(d, row + r, depth),
-            right=lambda depth, column, lanes: [load(w, column + i, depth) for i in range(lanes)],
+            right=panels.read,
             write=finish.into(dx, others),
         )
     return kernel.function
@@ -77,23 +97,32 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
     rows, _ = tile_shape(cpu, k, n)
     with Kernel(x=(m, k), d=(m, n), c=(m,), g=(k, n)) as kernel:
         x, d, c, g = kernel.buffers
-        tiles = -(-k // rows)
-        kept = workspace(tiles, m, rows)
-        with tasks(tiles, m * tiles * -(-rows // cpu.lanes)) as tile, serial(m) as example:
-            for at, lanes in pieces(rows, cpu.lanes):
-                value = load(x, example, tile_start(tile, rows, k) + at, lanes=lanes)
-                store(kept, if_counted(load(c, example), value, lanes), tile, example, at)
-
-        def scaled(example: Any, column: Any, lanes: int) -> Any:
-            weight = load(c, example)
-            value = splat(weight, lanes) * load(d, example, column, lanes=lanes)
-            return if_counted(weight, value, lanes)
-
+        # Whole vectors of kept inputs serve two tiles where they can.
+        wide = cpu.lanes if k % cpu.lanes == 0 and cpu.lanes % rows == 0 else rows
+        strips = -(-k // wide)
+        kept = workspace(strips, m, wide)
+        panels = _Panels(cpu, k, n, m)
+        work = m * (strips + panels.count * len(panels.vectors))
+        for first, size in blocks(m, _PACKED, lambda extent: tasks(extent, work)):
+            with serial(strips) as strip, serial(size) as i:
+                for at, lanes in pieces(wide, cpu.lanes):
+                    value = load(x, first + i, tile_start(strip, wide, k) + at, lanes=lanes)
+                    counted = if_counted(load(c, first + i), value, lanes)
+                    store(kept, counted, strip, first + i, at)
+            with serial(panels.count) as panel, serial(size) as i:
+                weight = load(c, first + i)
+                for at, lanes in panels.vectors:
+                    value = load(d, first + i, panels.start(panel) + at, lanes=lanes)
+                    counted = if_counted(weight, splat(weight, lanes) * value, lanes)
+                    panels.pack(counted, panel, first + i, at)
+        share = wide // rows
         _product(
             cpu,
             (k, n, m),
-            left=lambda tile, r, _, example: load(kept, tile, example, r),
-            right=scaled,
+            left=lambda tile, r, _, example: load(
+                kept, tile // share, example, tile % share * rows + r
+            ),
+            right=panels.read,
             write=PLAIN.into(g, []),
             chain=EXAMPLES,
         )
@@ -181,7 +210,7 @@ def _product(
     extents: tuple[int, int, int],
     *,
     left: Callable[[Any, int, Any, Any], Any],
-    right: Callable[[Any, Any, int], Any],
+    right: Callable[[Any, Any, Any, int, int], Any],
     start: Callable[[Any, int], Any] = lambda _column, lanes: splat(0.0, lanes),
     write: Callable[..., None],
     chain: int | None = None,
@@ -189,25 +218,15 @@ def _product(
     """Writes start[column] + Σ_depth left[row, depth] · right[depth, column] at (row, column).
 
     `extents` are (rows, columns, depth). `left` is asked for row `r` of tile `tile`, which starts
-    at `row`, at a depth. `right` gives a vector, or a list of scalars where its columns are not
-    neighbours. With `chain`, no accumulator adds more than that many products before it goes into a
-    total.
+    at `row`, at a depth. `right` is asked for a vector of a panel, which starts at `column`, at a
+    depth and an offset. With `chain`, no accumulator adds more than that many products before it
+    goes into a total.
     """
     rows, columns, depth = extents
     tile_rows, width = tile_shape(cpu, rows, columns)
     row_tiles, panels = -(-rows // tile_rows), -(-columns // width)
     vectors_wide = pieces(width, cpu.lanes)
     chain = min(chain or depth, depth)
-
-    packed = workspace(panels, depth, width)
-    with tasks(panels, panels * depth * len(vectors_wide)) as panel, serial(depth) as at:
-        for offset, lanes in vectors_wide:
-            value = right(at, tile_start(panel, width, columns) + offset, lanes)
-            if isinstance(value, list):
-                for i, scalar in enumerate(value):
-                    store(packed, scalar, panel, at, offset + i)
-            else:
-                store(packed, value, panel, at, offset)
 
     with tasks(panels * row_tiles, rows * panels * len(vectors_wide) * depth) as task:
         panel, tile = task // row_tiles, task % row_tiles
@@ -226,12 +245,14 @@ def _product(
             for near, steps in blocks(size, 4):
                 for step in range(steps):
                     at = first + near + step
+                    values = [
+                        T.bind(right(panel, column, at, offset, lanes))
+                        for offset, lanes in vectors_wide
+                    ]
                     for r in range(tile_rows):
                         factor = left(tile, r, row, at)
-                        for offset, lanes in vectors_wide:
-                            term = splat(factor, lanes) * load(
-                                packed, panel, at, offset, lanes=lanes
-                            )
+                        for (offset, lanes), value in zip(vectors_wide, values, strict=True):
+                            term = splat(factor, lanes) * value
                             store(sums[r], load(sums[r], offset, lanes=lanes) + term, offset)
             if totals is not sums:
                 for r in range(tile_rows):
@@ -241,6 +262,39 @@ def _product(
         for r in range(tile_rows):
             for offset, lanes in vectors_wide:
                 write(load(totals[r], offset, lanes=lanes), row + r, column + offset)
+
+
+class _Panels:
+    """The right factor of a product in panels: what a tile reads, depth after depth."""
+
+    def __init__(self, cpu: Cpu, rows: int, columns: int, depth: int) -> None:
+        self.columns, self.depth = columns, depth
+        _, self.width = tile_shape(cpu, rows, columns)
+        self.count = -(-columns // self.width)
+        self.vectors = pieces(self.width, cpu.lanes)
+        self._packed = workspace(self.count, depth, self.width)
+
+    def each(self) -> Iterator[tuple[Any, Any]]:
+        """(panel, its first column), on all threads if there is much to pack."""
+        with tasks(self.count, self.count * self.depth * len(self.vectors)) as panel:
+            yield panel, self.start(panel)
+
+    def start(self, panel: Any) -> Any:
+        """A panel's first column."""
+        return tile_start(panel, self.width, self.columns)
+
+    def pack(self, value: Any, panel: Any, depth: Any, at: int) -> None:
+        """Puts a vector where it belongs."""
+        store(self._packed, value, panel, depth, at)
+
+    def read(self, panel: Any, _column: Any, depth: Any, at: int, lanes: int) -> Any:
+        """What `_product` asks of its right factor."""
+        return load(self._packed, panel, depth, at, lanes=lanes)
+
+
+def _rows_of(matrix: Any) -> Callable[[Any, Any, Any, int, int], Any]:
+    """A right factor that is read where it is."""
+    return lambda _panel, column, depth, at, lanes: load(matrix, depth, column + at, lanes=lanes)
 
 
 def tile_shape(cpu: Cpu, rows: int, columns: int) -> tuple[int, int]:

@@ -14,12 +14,12 @@ from __future__ import annotations
 import math
 import operator
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, cast
 
-from tvm import DataType
+from tvm import DataType, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import ForKind
@@ -160,6 +160,42 @@ def total(buffer: Any, extent: int, add: Callable[[Any, Any], Any] = operator.ad
         pairs = [add(a, b) for a, b in zip(terms[::2], terms[1::2], strict=False)]
         terms = pairs + terms[len(pairs) * 2 :]
     return terms[0]
+
+
+def transposed(rows: Sequence[Any]) -> list[Any]:
+    """The columns of a matrix whose rows are vectors.
+
+    Square matrices by shuffles of pairs of vectors, half a vector's neighbours at a time; others
+    number by number.
+    """
+    height, width = len(rows), _lanes(rows[0])
+    bound = [T.bind(row) for row in rows]
+    if height != width or width & (width - 1) or width == 1:
+        return [
+            _vector([row if width == 1 else _shuffle([row], [column]) for row in bound])
+            for column in range(width)
+        ]
+    step = 1
+    while step < width:
+        swapped = list(bound)
+        for i in range(width):
+            if not i & step:
+                pair = [bound[i], bound[i + step]]
+                low = [j if not j & step else width + j - step for j in range(width)]
+                high = [j + step if not j & step else width + j for j in range(width)]
+                swapped[i] = T.bind(_shuffle(pair, low))
+                swapped[i + step] = T.bind(_shuffle(pair, high))
+        bound, step = swapped, 2 * step
+    return bound
+
+
+def _vector(scalars: Sequence[Any]) -> Any:
+    return scalars[0] if len(scalars) == 1 else _shuffle(scalars, range(len(scalars)))
+
+
+def _shuffle(vectors: Sequence[Any], lanes: Sequence[int]) -> Any:
+    """Lanes of vectors that follow each other."""
+    return tirx.Shuffle(list(vectors), [tirx.IntImm("int32", lane) for lane in lanes])
 
 
 def gamma(additions: int) -> float:
