@@ -158,7 +158,7 @@ def test_precision_is_measured_and_rebuilt(tmp_path: Path) -> None:
         ({"batch": 0}, "batch = 0"),
         ({"records": 0}, "records = 0"),
         ({"threads": 17}, "threads = 17"),
-        ({"precision": "float8"}, "precision 'float8': choose one of float32, bf16"),
+        ({"precision": "float8"}, "precision 'float8': choose one of float32, bf16, bf16x3"),
         (
             {"precision": "bf16"},
             "x86-64-v3 has no instruction for it; choose sapphirerapids, znver4",

@@ -175,7 +175,7 @@ def build_image(
         str, typer.Option(help="x86-64-v3, x86-64-v4, znver4, sapphirerapids or native.")
     ] = "x86-64-v3",
     precision: Annotated[
-        str, typer.Option(help="float32, or bf16: products of bfloat16, sums in float32.")
+        str, typer.Option(help="float32, bf16 or bf16x3: products of bfloat16, sums in float32.")
     ] = "float32",
     threads: Annotated[int, typer.Option(help="Thread slots.")] = 2,
     stored: Annotated[

@@ -27,16 +27,20 @@ from myelin import planner
 from myelin.cpu import Cpu, Precision
 from myelin.kernels import clipping as clip_kernels
 from myelin.kernels import conv as conv_kernels
-from myelin.kernels import linear, mixed, mixed_conv
+from myelin.kernels import linear, mixed, mixed_conv, split
 from myelin.kernels import normalise as normalise_kernels
 from myelin.kernels.conv import Conv
 from myelin.planner import Method
 from myelin.training import HYPER, Layer, Objective, kernel, layers, rebuild, returned
 
-LINEAR: Mapping[Precision, Any] = {"float32": linear, "bf16": mixed}
+LINEAR: Mapping[Precision, Any] = {"float32": linear, "bf16": mixed, "bf16x3": split}
 """The templates of linear layers' products and norms, by the precision of products."""
 
-CONV: Mapping[Precision, Any] = {"float32": conv_kernels, "bf16": mixed_conv}
+CONV: Mapping[Precision, Any] = {
+    "float32": conv_kernels,
+    "bf16": mixed_conv,
+    "bf16x3": conv_kernels,
+}
 """Of convolutions: forward, backward data and stored gradients."""
 
 NORMS = 11

@@ -16,8 +16,9 @@ from typing import Any, Literal, get_args
 
 from myelin.errors import MyelinError
 
-Precision = Literal["float32", "bf16"]
-"""How products are computed: with float32 or with bfloat16 operands; sums are float32 in both."""
+Precision = Literal["float32", "bf16", "bf16x3"]
+"""How products are computed: with operands of float32, of bfloat16, or of two bfloat16 that
+together are almost a float32. Sums are float32 in all."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 

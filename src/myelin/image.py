@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from myelin import document
+from myelin.cpu import PRECISIONS
 from myelin.document import label, listing, octets, record, text, unsigned
 from myelin.errors import ImageInvalid
 
@@ -198,7 +199,7 @@ _DESCRIPTION = record(
             {
                 "level": text(),
                 "features": listing(text(), 64),
-                "precision": text("float32", "bf16"),
+                "precision": text(*PRECISIONS),
             }
         ),
         "batch": _SIZE,

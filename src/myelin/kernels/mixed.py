@@ -10,7 +10,8 @@ and `squared_norm_inflation` has the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -63,34 +64,65 @@ __all__ = [
 
 # read(row, column, lanes): neighbours of one row of a matrix.
 Read = Callable[[Any, Any, int], Any]
+# part(value, lanes): what of a number is rounded.
+Part = Callable[[Any, int], Any]
 
 
-def matmul(cpu: Cpu, m: int, k: int, n: int, *, bias: bool, finish: Epilogue = PLAIN) -> Any:
+def whole(value: Any, lanes: int) -> Any:
+    """The number itself."""
+    del lanes
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A product is the sum of those of left[i] of one factor and right[i] of the other."""
+
+    left: tuple[Part, ...] = (whole,)
+    right: tuple[Part, ...] = (whole,)
+
+
+ROUNDED = Split()
+"""Both factors are rounded, once."""
+
+
+def matmul(
+    cpu: Cpu,
+    m: int,
+    k: int,
+    n: int,
+    *,
+    bias: bool,
+    finish: Epilogue = PLAIN,
+    split: Split = ROUNDED,
+) -> Any:
     """x[m, k], w[k, n], (b[n]), others[m, n]… → y[m, n] = x @ w (+ b), finished."""
     shapes = {"x": (m, k), "w": (k, n), **({"b": (n,)} if bias else {})}
     with Kernel(**shapes, **finish.parameters((m, n)), y=(m, n)) as kernel, words():
         x, w, *more, y = kernel.buffers
         b, others = more[:bias], more[bias:]
-        factor = _rows(_reader(x), m, k)
-        panels = _Panels(cpu, m, n, k)
+        factor = _rows(_reader(x), m, k, split.left)
+        panels = _Panels(cpu, m, n, k, split.right)
         panels.pack_rows(_reader(w))
         panels.multiply(factor, finish.into(y, others), start=b[0] if b else None)
     return kernel.function
 
 
-def backward_data(cpu: Cpu, m: int, k: int, n: int, *, finish: Epilogue = PLAIN) -> Any:
+def backward_data(
+    cpu: Cpu, m: int, k: int, n: int, *, finish: Epilogue = PLAIN, split: Split = ROUNDED
+) -> Any:
     """d[m, n], w[k, n], others[m, k]… → dx[m, k] = d @ wᵀ, finished."""
     shapes = {"d": (m, n), "w": (k, n), **finish.parameters((m, k))}
     with Kernel(**shapes, dx=(m, k)) as kernel, words():
         d, w, *others, dx = kernel.buffers
-        factor = _rows(_reader(d), m, n)
-        panels = _Panels(cpu, m, k, n)
+        factor = _rows(_reader(d), m, n, split.left)
+        panels = _Panels(cpu, m, k, n, split.right)
         panels.pack_columns(_reader(w))
         panels.multiply(factor, finish.into(dx, others))
     return kernel.function
 
 
-def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
+def weighted_gradient(cpu: Cpu, m: int, k: int, n: int, *, split: Split = ROUNDED) -> Any:
     """x[m, k], d[m, n], c[m] → g[k, n] = Σ_i c_i · x_iᵀ d_i.
 
     Examples with c_i = 0 add exactly zero, whatever x_i and d_i hold.
@@ -106,8 +138,8 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
             value = splat(weight, lanes) * load(d, example, at, lanes=lanes)
             return if_counted(weight, value, lanes)
 
-        factor = _columns(kept, k, m)
-        panels = _Panels(cpu, k, n, m)
+        factor = _columns(kept, k, m, split.left)
+        panels = _Panels(cpu, k, n, m, split.right)
         panels.pack_rows(scaled)
         panels.multiply(factor, PLAIN.into(g, []), chain=EXAMPLES // 2)
     return kernel.function
@@ -139,22 +171,32 @@ def _reader(matrix: Any) -> Read:
 # The left factor: factor(row, pair) is a pair along the depth.
 
 
-def _rows(read: Read, rows: int, depth: int) -> Callable[[Any, Any], Any]:
+def _rows(read: Read, rows: int, depth: int, parts: Sequence[Part]) -> Callable[[Any, Any], Any]:
     """Of a matrix whose rows run along the depth."""
-    packed = workspace(rows, -(-depth // 32) * LANES, dtype="int32")
-    with tasks(rows, rows * -(-depth // LANES)) as row:
-        for at, value, _ in _pairs_of_row(lambda at, lanes: read(row, at, lanes), depth):
-            store(packed, value, row, at)
+    each = -(-depth // 2)
+    # What a vector has too much, the next part overwrites.
+    packed = workspace(rows, (len(parts) - 1) * each + -(-depth // 32) * LANES, dtype="int32")
+    with tasks(rows, len(parts) * rows * -(-depth // LANES)) as row:
+        for number, part in enumerate(parts):
+            for at, value, _ in _pairs_of_row(partial(_part(read, part), row), depth):
+                store(packed, value, row, number * each + at)
     return lambda row, pair: load(packed, row, pair)
 
 
-def _columns(read: Read, rows: int, depth: int) -> Callable[[Any, Any], Any]:
+def _columns(read: Read, rows: int, depth: int, parts: Sequence[Part]) -> Callable[[Any, Any], Any]:
     """Of a matrix whose columns run along the depth."""
-    packed = workspace(-(-depth // 2), -(-rows // LANES) * LANES, dtype="int32")
-    for pair, odd in _depths(depth, rows):
-        for at, size in blocks(rows, LANES):
-            store(packed, _pairs_of_rows(read, pair, odd, at, size), pair, at)
+    each = -(-depth // 2)
+    packed = workspace(len(parts) * each, -(-rows // LANES) * LANES, dtype="int32")
+    for number, part in enumerate(parts):
+        for pair, odd in _depths(depth, rows):
+            for at, size in blocks(rows, LANES):
+                value = _pairs_of_rows(_part(read, part), pair, odd, at, size)
+                store(packed, value, number * each + pair, at)
     return lambda row, pair: load(packed, pair, row)
+
+
+def _part(read: Read, part: Part) -> Read:
+    return lambda row, at, lanes: part(read(row, at, lanes), lanes)
 
 
 def _pairs_of_row(read: Callable[[Any, int], Any], depth: int) -> Iterator[tuple[Any, Any, int]]:
@@ -187,9 +229,12 @@ class _Panels:
     column, rounded up to whole vectors.
     """
 
-    def __init__(self, cpu: Cpu, rows: int, columns: int, depth: int) -> None:
-        self.rows, self.columns, self.depth = rows, columns, depth
-        self.pairs = -(-depth // 2)
+    def __init__(
+        self, cpu: Cpu, rows: int, columns: int, depth: int, parts: Sequence[Part]
+    ) -> None:
+        self.rows, self.columns, self.depth, self.parts = rows, columns, depth, parts
+        self.each = -(-depth // 2)
+        self.pairs = len(parts) * self.each
         whole = -(-columns // LANES) * LANES
         self.tile, self.width = tile_shape(cpu, rows, whole)
         self.count = -(-whole // self.width)
@@ -198,11 +243,13 @@ class _Panels:
 
     def pack_rows(self, read: Read) -> None:
         """Of a matrix of which a row lies along the columns."""
-        for pair, odd in _depths(self.depth, self.count * self.width):
-            for panel, first, size in self._each(serial):
-                for at, lanes in pieces(self.width, LANES):
-                    value = _pairs_of_rows(read, pair, odd, first + at, min(lanes, size - at))
-                    store(self.packed, value, panel, pair, at)
+        for number, part in enumerate(self.parts):
+            along = _part(read, part)
+            for pair, odd in _depths(self.depth, self.count * self.width):
+                for panel, first, size in self._each(serial):
+                    for at, lanes in pieces(self.width, LANES):
+                        value = _pairs_of_rows(along, pair, odd, first + at, min(lanes, size - at))
+                        store(self.packed, value, panel, number * self.each + pair, at)
 
     def pack_columns(self, read: Read) -> None:
         """Of a matrix of which a row lies along the depth."""
@@ -213,11 +260,14 @@ class _Panels:
                     store(self.packed, zeros, panel, pair, self.width - LANES)
             room = local(LANES, dtype="int32")
             with serial(size) as column:
-                along = partial(read, T.bind(first + column))
-                for at, value, count in _pairs_of_row(along, self.depth):
-                    store(room, value, 0)
-                    for i in range(count):
-                        store(self.packed, load(room, i), panel, at + i, column)
+                row = T.bind(first + column)
+                for number, part in enumerate(self.parts):
+                    along = partial(_part(read, part), row)
+                    for at, value, count in _pairs_of_row(along, self.depth):
+                        store(room, value, 0)
+                        for i in range(count):
+                            place = number * self.each + at + i
+                            store(self.packed, load(room, i), panel, place, column)
 
     def multiply(
         self,
