@@ -256,8 +256,8 @@ class Lazy:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pending:
-    """A product that has not been computed: the one elementwise operator that reads it becomes its
-    epilogue, where shapes allow.
+    """A product, or an adjoint of pooling, that has not been computed: the one elementwise operator
+    that reads it becomes its epilogue, where shapes allow.
     """
 
     label: str
@@ -330,6 +330,7 @@ class Lowering:
         self.values: dict[Any, Value | Lazy | Pending | tuple[Value, ...]] = {}
         self.places: dict[Any, Value] = {}
         self.spreads: dict[int, tuple[tuple[int, int, int, int], Value]] = {}
+        self.pooled: dict[tuple[int, Pool], Value] = {}
         self._padded: dict[tuple[int, Conv], Value] = {}
         self._biased: dict[Any, tuple[Any, Any]] = {}
         self._uses: dict[Any, list[Any]] = {}
@@ -440,8 +441,12 @@ class Lowering:
         inputs: Sequence[Value],
         *,
         work: Work,
+        finishes: bool = True,
     ) -> None:
-        """Record a product, for the sum with its bias as well where its kernel adds that."""
+        """Record a product, for the sum with its bias as well where its kernel adds that.
+
+        `build` takes an `Epilogue`; any but `PLAIN` only where it `finishes`.
+        """
         target = self._biased[var][0] if var in self._biased else var
         self.values[target] = self.values[var] = Pending(
             label=label,
@@ -452,7 +457,7 @@ class Lowering:
             work=work,
         )
         reader = self._reader(target)
-        if reader is None or _is_bool(reader):
+        if not finishes or reader is None or _is_bool(reader):
             self.values[var] = self.value(target)
 
     def temporary(self, stored: Shape) -> Value:
@@ -849,20 +854,28 @@ def _pool(low: Lowering, var: Any, call: Any) -> None:
     build = lambda: template(low.cpu, window)  # noqa: E731
     work = cost.pooling(low.cpu, window, backward=False)
     low.emit("pool", (template.__name__, window), build, [x], [out], work=work)
-    low.values[var] = out
+    low.pooled[id(x.buffer), window] = low.values[var] = out
 
 
 def _pool_adjoint(low: Lowering, var: Any, call: Any) -> None:
     d = low.value(call.args[0])
     window = _window(_stored(_dims(var)), call)
-    out = low.new(var, (window.n, window.h, window.w, window.c))
     largest = "max" in operator(call)
     template = pool.max_backward if largest else pool.average_backward
-    inputs = [low.value(call.args[1]), d] if largest else [d]
-    build = lambda: template(low.cpu, window)  # noqa: E731
-    work = cost.pooling(low.cpu, window, backward=largest)
-    low.emit("pool_backward", (template.__name__, window), build, inputs, [out], work=work)
-    low.values[var] = out
+    inputs = [d]
+    if largest:
+        x = low.value(call.args[1])
+        inputs = [x, low.pooled[id(x.buffer), window], d]
+    low.product(
+        var,
+        (window.n, window.h, window.w, window.c),
+        "pool_backward",
+        (template.__name__, window),
+        lambda finish: template(low.cpu, window, finish=finish),
+        inputs,
+        work=cost.pooling(low.cpu, window, backward=largest),
+        finishes=window.tiled,
+    )
 
 
 def _window(stored: Shape, call: Any) -> Pool:

@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional
 
 from myelin.kernels import pool as kernels
+from myelin.kernels.epilogue import Epilogue
 from myelin.kernels.pool import Pool
 
 RNG = np.random.default_rng(5)
@@ -43,21 +44,37 @@ def test_max_pooling_is_that_of_torch(pool, cpu, call):
     d = RNG.integers(-8, 8, (pool.n, pool.oh, pool.ow, pool.c)).astype("f")
     y, dx = torch_pool(pool, "max", x, d)
     assert np.array_equal(call(kernels.max_forward(cpu, pool), x), y)
-    assert np.array_equal(call(kernels.max_backward(cpu, pool), x, d), dx)
+    assert np.array_equal(call(kernels.max_backward(cpu, pool), x, y, d), dx)
 
 
 def test_max_pooling_hands_nan_on_as_torch_does(cpu, call):
     pool = POOLS["overlapping"]
     x = RNG.standard_normal((pool.n, pool.h, pool.w, pool.c)).astype("f")
     x[0, 5, 5] = np.nan
-    x[0, 5, 6, 3] = np.nan
+    x[0, 5, 7, 3] = np.nan
     x[1, 2, 2, 1] = -np.inf
     x[1, 4:6, 4:6, 2] = -np.inf
     d = RNG.integers(-8, 8, (pool.n, pool.oh, pool.ow, pool.c)).astype("f")
     y, dx = torch_pool(pool, "max", x, d)
     assert np.isnan(y).sum() > 4
     assert np.array_equal(call(kernels.max_forward(cpu, pool), x), y, equal_nan=True)
-    assert np.array_equal(call(kernels.max_backward(cpu, pool), x, d), dx)
+    assert np.array_equal(call(kernels.max_backward(cpu, pool), x, y, d), dx)
+
+
+def test_windows_that_tile_the_image_finish_their_adjoints(cpu, call):
+    pool = Pool(n=2, h=6, w=4, c=21, kh=3, kw=2, stride=(3, 2))
+    x, other = (RNG.standard_normal((2, 6, 4, 21)).astype("f") for _ in range(2))
+    d = RNG.standard_normal((2, 2, 2, 21)).astype("f")
+    finish = Epilogue(function=lambda value, a: value * a, others=1)
+    y, dx = torch_pool(pool, "max", x, d)
+    assert np.array_equal(
+        call(kernels.max_backward(cpu, pool, finish=finish), x, y, d, other), dx * other
+    )
+    dx = torch_pool(pool, "average", x, d)[1]
+    found = call(kernels.average_backward(cpu, pool, finish=finish), d, other)
+    assert np.allclose(found, dx * other, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="do not tile the image"):
+        kernels.max_backward(cpu, POOLS["overlapping"], finish=finish)
 
 
 @pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)

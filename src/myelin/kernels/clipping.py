@@ -117,12 +117,13 @@ _ROWS = 8
 
 
 def _columns(cpu: Cpu, m: int) -> int:
-    """Columns of a block of `weighted_sum`: a page of each row where there are enough for threads.
+    """Columns of a block of `weighted_sum`: about two pages of each row, and even work for threads.
 
     Narrower blocks of a large matrix take a page of memory from every row for a few numbers: a
     quarter of the speed.
     """
-    return min(1024, max(1, m // (8 * cpu.lanes)) * cpu.lanes)
+    count = max(8, 2 * round(m / 4096))
+    return -(-m // (count * cpu.lanes)) * cpu.lanes
 
 
 def weighted_sum_additions(_n: int) -> int:

@@ -75,10 +75,10 @@ def exp(x: Any) -> Any:
 def log(x: Any) -> Any:
     """Natural logarithm: -inf for zero and subnormals, NaN below zero."""
     x = T.bind(x)
-    bits = T.bind(_bits(x))
-    mantissa = T.bind(_float((bits & _integer(x, 0x007FFFFF)) | _integer(x, 0x3F000000)))  # 0.5 … 1
+    own = T.bind(bits(x))
+    mantissa = T.bind(_float((own & _integer(x, 0x007FFFFF)) | _integer(x, 0x3F000000)))  # 0.5 … 1
     low = mantissa < _like(x, 0.707106781186547524)
-    exponent = _cast((bits >> _integer(x, 23)) - _integer(x, 126), "float32")
+    exponent = _cast((own >> _integer(x, 23)) - _integer(x, 126), "float32")
     exponent = T.bind(select(low, exponent - _like(x, 1.0), exponent))
     m = T.bind(select(low, mantissa + mantissa, mantissa) - _like(x, 1.0))
     square = T.bind(m * m)
@@ -114,12 +114,12 @@ def erf(x: Any) -> Any:
 
 def is_nan(x: Any) -> Any:
     """True where x is NaN. Asked of the bits: the compiler simplifies `x != x` to false."""
-    return (_bits(x) & _integer(x, 0x7FFFFFFF)) > _integer(x, 0x7F800000)
+    return (bits(x) & _integer(x, 0x7FFFFFFF)) > _integer(x, 0x7F800000)
 
 
 def is_finite(x: Any) -> Any:
     """True where x is neither NaN nor infinite."""
-    return (_bits(x) & _integer(x, 0x7FFFFFFF)) < _integer(x, 0x7F800000)
+    return (bits(x) & _integer(x, 0x7FFFFFFF)) < _integer(x, 0x7F800000)
 
 
 def _odd_rational(x: Any, limit: float, coefficients: _Rational) -> Any:
@@ -151,10 +151,11 @@ def _power_of_two(n: Any) -> Any:
 
 
 def _magnitude(x: Any) -> Any:
-    return _float(_bits(x) & _integer(x, 0x7FFFFFFF))
+    return _float(bits(x) & _integer(x, 0x7FFFFFFF))
 
 
-def _bits(x: Any) -> Any:
+def bits(x: Any) -> Any:
+    """A float32's bits as int32."""
     return T.reinterpret(_type("int32", x), x)
 
 

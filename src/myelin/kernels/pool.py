@@ -1,9 +1,11 @@
 """Pooling of NHWC activations, and its gradients (semantics of PyTorch, ceil_mode off).
 
     max_forward(cpu, pool)       x[n,h,w,c] → y[n,oh,ow,c]
-    max_backward(cpu, pool)      x, d[n,oh,ow,c] → dx[n,h,w,c]
+    max_backward(cpu, pool)      x, y, d[n,oh,ow,c], others → dx[n,h,w,c]
     average_forward(cpu, pool)   x → y
-    average_backward(cpu, pool)  d → dx
+    average_backward(cpu, pool)  d, others → dx
+
+Others are those of an `Epilogue`, which only windows that tile the image can have.
 
 Global pooling is a window of the whole image. Padding is never a maximum and counts as zeros of an
 average, or not at all without `count_padding`.
@@ -12,7 +14,7 @@ average, or not at all without `count_padding`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 from typing import Any
@@ -20,6 +22,8 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
+from myelin.kernels.epilogue import PLAIN, Epilogue
+from myelin.kernels.functions import bits
 from myelin.kernels.tir import Kernel, load, local, select, serial, splat, store, tasks, vectors
 from myelin.kernels.window import Window
 
@@ -31,6 +35,12 @@ class Pool(Window):
     c: int
     count_padding: bool = True
 
+    @property
+    def tiled(self) -> bool:
+        """Whether every number of the image is in exactly one window."""
+        whole = (self.oh * self.kh, self.ow * self.kw) == (self.h, self.w)
+        return whole and self.stride == (self.kh, self.kw) and not any(self.padding)
+
 
 def max_forward(cpu: Cpu, pool: Pool) -> Any:
     """x[n,h,w,c] → y[n,oh,ow,c], the largest number of each window; NaN where it holds one."""
@@ -38,22 +48,27 @@ def max_forward(cpu: Cpu, pool: Pool) -> Any:
         x, y = kernel.buffers
         for i, view in _views(pool):
             for c, lanes in vectors(pool.c, cpu.lanes):
-                largest = _largest(x, i, view, c, lanes)[0]
-                store(y, load(largest, 0, lanes=lanes), i, view.row, view.column, c)
+                store(y, _largest(x, i, view, c, lanes), i, view.row, view.column, c)
     return kernel.function
 
 
-def max_backward(cpu: Cpu, pool: Pool) -> Any:
-    """x[n,h,w,c], d[n,oh,ow,c] → dx[n,h,w,c]: each d to the first largest number of its window."""
-    with Kernel(x=_input(pool), d=_output(pool), dx=_input(pool)) as kernel:
-        x, d, dx = kernel.buffers
-        add = _adding(cpu, pool, dx)
+def max_backward(cpu: Cpu, pool: Pool, *, finish: Epilogue = PLAIN) -> Any:
+    """x[n,h,w,c], y = max_forward(x), d[n,oh,ow,c], others → dx[n,h,w,c], finished: each d to the
+    first number of its window with the bits of y.
+    """
+    shapes = {"x": _input(pool), "y": _output(pool), "d": _output(pool)}
+    with Kernel(**shapes, **finish.parameters(_input(pool)), dx=_input(pool)) as kernel:
+        x, y, d, *others, dx = kernel.buffers
+        add = _adding(cpu, pool, dx, finish, others)
         for i, view in _views(pool):
             for c, lanes in vectors(pool.c, cpu.lanes):
-                place = _largest(x, i, view, c, lanes)[1]
-                adjoint = T.bind(load(d, i, view.row, view.column, c, lanes=lanes))
-                for tap, h, w in view.taps():
-                    here = load(place, 0, lanes=lanes) == _count(tap, lanes)
+                largest = T.bind(bits(load(y, i, view.row, view.column, c, lanes=lanes)))
+                left = local(lanes)
+                store(left, load(d, i, view.row, view.column, c, lanes=lanes), 0)
+                for h, w in view.taps():
+                    here = bits(load(x, i, h, w, c, lanes=lanes)) == largest
+                    adjoint = T.bind(load(left, 0, lanes=lanes))
+                    store(left, select(here, splat(0.0, lanes), adjoint), 0)
                     add(select(here, adjoint, splat(0.0, lanes)), lanes, i, h, w, c)
     return kernel.function
 
@@ -66,23 +81,26 @@ def average_forward(cpu: Cpu, pool: Pool) -> Any:
             for c, lanes in vectors(pool.c, cpu.lanes):
                 total = local(lanes)
                 store(total, splat(0.0, lanes), 0)
-                for _, h, w in view.taps():
+                for h, w in view.taps():
                     store(total, load(total, 0, lanes=lanes) + load(x, i, h, w, c, lanes=lanes), 0)
                 mean = load(total, 0, lanes=lanes) / splat(float(view.counted), lanes)
                 store(y, mean, i, view.row, view.column, c)
     return kernel.function
 
 
-def average_backward(cpu: Cpu, pool: Pool) -> Any:
-    """d[n,oh,ow,c] → dx[n,h,w,c]: each d in equal parts to the numbers of its window."""
-    with Kernel(d=_output(pool), dx=_input(pool)) as kernel:
-        d, dx = kernel.buffers
-        add = _adding(cpu, pool, dx)
+def average_backward(cpu: Cpu, pool: Pool, *, finish: Epilogue = PLAIN) -> Any:
+    """d[n,oh,ow,c], others → dx[n,h,w,c], finished: each d in equal parts to the numbers of its
+    window.
+    """
+    shapes = {"d": _output(pool), **finish.parameters(_input(pool))}
+    with Kernel(**shapes, dx=_input(pool)) as kernel:
+        d, *others, dx = kernel.buffers
+        add = _adding(cpu, pool, dx, finish, others)
         for i, view in _views(pool):
             for c, lanes in vectors(pool.c, cpu.lanes):
                 adjoint = load(d, i, view.row, view.column, c, lanes=lanes)
                 part = T.bind(adjoint / splat(float(view.counted), lanes))
-                for _, h, w in view.taps():
+                for h, w in view.taps():
                     add(part, lanes, i, h, w, c)
     return kernel.function
 
@@ -99,11 +117,11 @@ class _View:
     width: int
     counted: int
 
-    def taps(self) -> Iterator[tuple[Any, Any, Any]]:
-        """(number from 0, row, column) of every number of the window, row by row."""
+    def taps(self) -> Iterator[tuple[Any, Any]]:
+        """(row, column) of every number of the window, row by row."""
         if self.height > 0 and self.width > 0:
             with serial(self.height) as h, serial(self.width) as w:
-                yield h * self.width + w, self.top + h, self.left + w
+                yield self.top + h, self.left + w
 
 
 def _views(pool: Pool) -> Iterator[tuple[Any, _View]]:
@@ -145,32 +163,28 @@ def _cuts(out: int, kernel: int, stride: int, before: int, size: int) -> list[tu
     return [(list(group), *inside) for inside, group in groupby(range(out), key=cut)]
 
 
-def _largest(x: Any, i: Any, view: _View, c: Any, lanes: int) -> tuple[Any, Any]:
-    """The largest numbers of a window, and the first tap of each that has it."""
-    largest, place = local(lanes), local(lanes, dtype="int32")
+def _largest(x: Any, i: Any, view: _View, c: Any, lanes: int) -> Any:
+    """The largest numbers of a window, NaN where it holds one."""
+    largest = local(lanes)
     store(largest, splat(-math.inf, lanes), 0)
-    store(place, _count(0, lanes), 0)
-    for tap, h, w in view.taps():
+    for h, w in view.taps():
         value = T.bind(load(x, i, h, w, c, lanes=lanes))
         best = load(largest, 0, lanes=lanes)
         # True for all but NaN, which is then taken. TVM turns a negated comparison around.
         ordinary = value <= splat(math.inf, lanes)
-        for kept, new in ((place, _count(tap, lanes)), (largest, value)):
-            more = select(value > best, new, load(kept, 0, lanes=lanes))
-            store(kept, select(ordinary, more, new), 0)
-    return largest, place
+        store(largest, select(ordinary, select(value > best, value, best), value), 0)
+    return load(largest, 0, lanes=lanes)
 
 
-def _count(value: Any, lanes: int) -> Any:
-    number = T.int32(value) if isinstance(value, int) else value
-    return T.Broadcast(number, lanes) if lanes > 1 else number
-
-
-def _adding(cpu: Cpu, pool: Pool, dx: Any) -> Callable[..., None]:
+def _adding(
+    cpu: Cpu, pool: Pool, dx: Any, finish: Epilogue, others: Sequence[Any]
+) -> Callable[..., None]:
     """What adds a part to dx; where every number is in one window only, what writes it."""
-    tiled = (pool.oh * pool.kh, pool.ow * pool.kw) == (pool.h, pool.w)
-    if tiled and pool.stride == (pool.kh, pool.kw) and not any(pool.padding):
-        return lambda part, _lanes, *index: store(dx, part, *index)
+    if pool.tiled:
+        write = finish.into(dx, others)
+        return lambda part, _lanes, *index: write(part, *index)
+    if finish is not PLAIN:
+        raise ValueError("windows that do not tile the image have no epilogue")
     _clear(cpu, pool, dx)
     return lambda part, lanes, *index: store(dx, load(dx, *index, lanes=lanes) + part, *index)
 
