@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from myelin.cpu import Cpu
-from myelin.kernels.tir import Kernel, blocks, load, pieces, serial, splat, store, tasks
+from myelin.kernels.tiles import grid
+from myelin.kernels.tir import Kernel, blocks, load, pieces, serial, splat, store, tasks, transposed
 
 
 def permute(cpu: Cpu, shape: Sequence[int], axes: Sequence[int]) -> Any:
@@ -19,24 +20,53 @@ def permute(cpu: Cpu, shape: Sequence[int], axes: Sequence[int]) -> Any:
     """
     extents, order = merge(shape, axes)
     out = tuple(extents[axis] for axis in order)
-    work = math.prod(extents) // (cpu.lanes if order[-1] == len(order) - 1 else 1)
-    with Kernel(x=tuple(extents), y=out) as kernel:
+    last = len(order) - 1
+    # Where y's last axis is not x's, squares along both are turned in registers.
+    turned = order.index(last)
+    square = cpu.lanes if turned < last and min(out[turned], out[last]) >= cpu.lanes else 1
+    # A square takes about as many shuffles as it has vectors, four times.
+    work = math.prod(extents) // (cpu.lanes if turned == last else max(1, square // 4))
+    with Kernel(x=tuple(extents), y=out) as kernel, ExitStack() as loops:
         x, y = kernel.buffers
+        index: dict[int, Any] = {}
 
-        def read(index: Sequence[Any], lanes: int = 1) -> Any:
-            """The element of x that belongs at `index` of y."""
-            return load(x, *(index[order.index(axis)] for axis in range(len(order))), lanes=lanes)
+        def read(lanes: int = 1) -> Any:
+            """Neighbours along x's last axis, from what belongs at `index` of y on."""
+            return load(x, *(index[order.index(axis)] for axis in range(last + 1)), lanes=lanes)
 
-        with ExitStack() as loops:
-            outer: list[Any] = []
-            for position, extent in enumerate(out[:-1]):
-                loop = tasks(extent, work) if position == 0 else serial(extent)
-                outer.append(loops.enter_context(loop))
-            contiguous = order[-1] == len(order) - 1
-            for first, size in blocks(out[-1], 4 * cpu.lanes if contiguous else 8):
-                for at, lanes in pieces(size, cpu.lanes if contiguous else 1):
-                    index = [*outer, first + at]
-                    store(y, read(index, lanes), *index)
+        def write(value: Any) -> None:
+            store(y, value, *(index[axis] for axis in range(last + 1)))
+
+        for axis in range(last):
+            if axis != turned or square == 1:
+                loop = serial(out[axis]) if index else tasks(out[axis], work)
+                index[axis] = loops.enter_context(loop)
+        if turned == last:
+            for first, size in blocks(out[last], 4 * cpu.lanes):
+                for at, lanes in pieces(size, cpu.lanes):
+                    index[last] = first + at
+                    write(read(lanes))
+        elif square == 1:
+            for first, size in blocks(out[last], 8):
+                for at in range(size):
+                    index[last] = first + at
+                    write(read())
+        else:
+            loop = serial if index else lambda extent: tasks(extent, work)
+            for row, height in blocks(out[turned], square, loop):
+                for column, width in blocks(out[last], square):
+                    if height == width:
+                        rows = []
+                        for i in range(width):
+                            index |= {turned: row, last: column + i}
+                            rows.append(read(height))
+                        for i, value in enumerate(transposed(rows)):
+                            index |= {turned: row + i, last: column}
+                            write(value)
+                    else:
+                        for i, j in grid(height, width):
+                            index |= {turned: row + i, last: column + j}
+                            write(read())
     return kernel.function
 
 
