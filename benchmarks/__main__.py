@@ -160,7 +160,7 @@ def speed(rows: list[dict[str, Any]], folder: Path) -> Section:
             "updates. `outside` is the same kernels through TVM's own runtime, without gather and "
             "noise; time ÷ own not private is therefore the dearest way to count privacy. "
             "PyTorch and Opacus count in their best mode, Myelin in float32, but against bf16 "
-            "in its best precision (bf16 is for linear layers)."
+            "in its best precision."
         ),
         tables=[
             Table(
