@@ -44,6 +44,11 @@ def test_bf16_halves_the_instructions_of_a_product():
     whole, half = (cost.matrix(CPU, 64, 256, 96, p) for p in ("float32", "bf16"))
     assert (whole.products, whole.dots) == (64 * 256 * 6, 0)
     assert (half.products, half.dots) == (0, 64 * 256 * 3)
+    assert cost.matrix(CPU, 64, 256, 96, "bf16x3").dots == 3 * half.dots
+    for count in (cost.forward, cost.backward_data, cost.gradient):
+        whole, half = (count(CPU, SQUARE, "winograd", p) for p in ("float32", "bf16"))
+        assert (half.points, half.dots, half.steps) == (0, whole.points / 2, whole.steps)
+        assert (whole.how, half.how) == ("winograd", "winograd bf16")
 
 
 @pytest.mark.parametrize("level", cost.RATES)

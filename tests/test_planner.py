@@ -60,3 +60,20 @@ def test_a_program_has_a_decision_for_every_call():
     assert (rows["conv_relu"].threads, rows["linear"].threads) == (2, 1)
     assert dict(small.clipping)["0"] == "gram"
     assert any(d.layer == "0" and "conv_gram" in d.kernel for d in small.decisions)
+
+
+def test_operands_of_convolutions_are_bf16_where_that_is_faster():
+    cpu, tall = Cpu.named("znver4"), Conv(n=64, h=9, w=9, ci=3, co=5, kh=2, kw=3)
+    found = {
+        precision: [
+            planner.convolution(cpu, conv, which, precision)
+            for conv, which in ((LARGE, "forward"), (DEEP, "stored_gradient"), (tall, "forward"))
+        ]
+        for precision in cpu.precisions
+    }
+    exact = [("winograd", "float32"), ("winograd", "float32"), ("direct", "float32")]
+    assert found == {
+        "float32": exact,
+        "bf16": [("winograd", "bf16"), ("direct", "bf16"), ("direct", "float32")],
+        "bf16x3": exact,
+    }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from myelin.cpu import Cpu, Precision
 from myelin.kernels.gram import gram_cost
@@ -117,8 +117,8 @@ def forward(cpu: Cpu, conv: Conv, how: Algorithm, precision: Precision = "float3
         tiles = conv.n * _tiles(conv.oh, conv.ow)
         return Work(
             gflop=gflop,
-            how=how,
-            points=36 * tiles * conv.ci * outputs,
+            how=_how(how, precision),
+            **_points(36 * tiles * conv.ci * outputs, precision),
             steps=tiles * (_INPUT * inputs + _OUTPUT * outputs) + _WEIGHT * conv.ci * outputs,
         )
     pixels = conv.n * conv.pixels
@@ -133,8 +133,8 @@ def backward_data(cpu: Cpu, conv: Conv, how: Algorithm, precision: Precision = "
         tiles = conv.n * _tiles(conv.h, conv.w)
         return Work(
             gflop=gflop,
-            how=how,
-            points=36 * tiles * conv.co * inputs,
+            how=_how(how, precision),
+            **_points(36 * tiles * conv.co * inputs, precision),
             steps=tiles * (_INPUT * outputs + _OUTPUT * inputs) + _WEIGHT * conv.co * inputs,
         )
     pixels = conv.n * conv.pixels
@@ -150,8 +150,8 @@ def gradient(cpu: Cpu, conv: Conv, how: Algorithm, precision: Precision = "float
         tiles = conv.n * _tiles(conv.oh, conv.ow)
         return Work(
             gflop=gflop,
-            how=how,
-            points=36 * tiles * conv.ci * outputs,
+            how=_how(how, precision),
+            **_points(36 * tiles * conv.ci * outputs, precision),
             steps=tiles * (_INPUT * inputs + _ADJOINT * outputs)
             + _GRADIENT * conv.n * conv.ci * outputs,
         )
@@ -172,8 +172,18 @@ def product_gflop(conv: Conv) -> float:
 
 def _direct(gflop: float, products: float, steps: float, precision: Precision) -> Work:
     if precision == "bf16":
-        return Work(gflop=gflop, how="direct", dots=products / 2, steps=steps)
+        how = _how("direct", precision)
+        return Work(gflop=gflop, how=how, dots=products / 2, steps=steps)
     return Work(gflop=gflop, how="direct", products=products, steps=steps)
+
+
+def _points(products: float, precision: Precision) -> dict[str, Any]:
+    return {"dots": products / 2} if precision == "bf16" else {"points": products}
+
+
+def _how(how: Algorithm, precision: Precision) -> str:
+    """What people read: operands are those of float32 unless it says others."""
+    return f"{how} {precision}" if precision == "bf16" else how
 
 
 def _tiles(height: int, width: int) -> int:
@@ -205,8 +215,9 @@ def matrix(
     products = -(-rows // tile) * panels * max(tile * wide, _LEAST) * depth
     steps = panels * depth * (4 * width if scalar else 2 * wide)
     gflop, cold = 2e-9 * rows * depth * columns, 4 * depth * columns
-    if precision == "bf16":
-        return Work(gflop=gflop, dots=products / 2, steps=steps, cold=cold)
+    if precision != "float32":
+        parts = 3 if precision == "bf16x3" else 1
+        return Work(gflop=gflop, dots=parts * products / 2, steps=parts * steps, cold=cold)
     return Work(gflop=gflop, products=products, steps=steps, cold=cold)
 
 

@@ -776,7 +776,7 @@ def _conv2d(low: Lowering, var: Any, call: Any) -> None:
     bias = low.bias(var)
     x = low.padded(low.value(call.args[0]), conv)
     w = low.value(call.args[1])
-    how = planner.product(low.cpu, conv)
+    how = planner.convolution(low.cpu, conv, "forward", low.precision)
     low.product(
         var,
         (conv.n, conv.oh, conv.ow, conv.co),
@@ -784,7 +784,7 @@ def _conv2d(low: Lowering, var: Any, call: Any) -> None:
         ("conv", conv, bias is None),
         lambda finish: low.conv.forward(low.cpu, conv, bias=bias is not None, finish=finish),
         [x, w] if bias is None else [x, w, bias],
-        work=cost.forward(low.cpu, conv, how),
+        work=cost.forward(low.cpu, conv, *how),
     )
 
 
@@ -792,7 +792,7 @@ def _conv2d_transpose(low: Lowering, var: Any, call: Any) -> None:
     # The derivative of a convolution with respect to its input; var has the input's shape.
     conv = _conv_of(_dims(var), _dims(call.args[1]), call.attrs)
     d, w = low.value(call.args[0]), low.value(call.args[1])
-    how = planner.product(low.cpu, conv)
+    how = planner.convolution(low.cpu, conv, "backward_data", low.precision)
     low.product(
         var,
         (conv.n, conv.h, conv.w, conv.ci),
@@ -800,7 +800,7 @@ def _conv2d_transpose(low: Lowering, var: Any, call: Any) -> None:
         ("conv_backward", conv),
         lambda finish: low.conv.backward_data(low.cpu, conv, finish=finish),
         [d, w],
-        work=cost.backward_data(low.cpu, conv, how),
+        work=cost.backward_data(low.cpu, conv, *how),
     )
 
 
@@ -1021,6 +1021,7 @@ def _bias_gradient(low: Lowering, var: Any, call: Any) -> None:
 def _conv_stored(low: Lowering, var: Any, call: Any) -> None:
     conv = clipping.from_fields(_attributes(call))
     x, d = (low.value(v) for v in _operands(call))
+    how = planner.convolution(low.cpu, conv, "stored_gradient", low.precision)
     outs = _pair(low, (conv.n, conv.weights), (conv.n,))
     build = lambda: low.conv.stored_gradient(low.cpu, conv)  # noqa: E731
     low.emit(
@@ -1029,7 +1030,7 @@ def _conv_stored(low: Lowering, var: Any, call: Any) -> None:
         build,
         [low.padded(x, conv), d],
         outs,
-        work=cost.gradient(low.cpu, conv, planner.gradient(low.cpu, conv)),
+        work=cost.gradient(low.cpu, conv, *how),
     )
     low.values[var] = outs
 

@@ -13,8 +13,8 @@ from typing import Literal
 
 from myelin import cost
 from myelin.cost import RATES, Algorithm
-from myelin.cpu import Cpu
-from myelin.kernels import winograd
+from myelin.cpu import Cpu, Precision
+from myelin.kernels import mixed_conv, winograd
 from myelin.kernels.window import Conv
 
 Method = Literal["product", "stored", "gram", "none"]
@@ -51,6 +51,18 @@ def product(cpu: Cpu, conv: Conv) -> Algorithm:
 def gradient(cpu: Cpu, conv: Conv) -> Algorithm:
     """How the gradients of its weight are computed."""
     return "winograd" if winograd.suits_gradient(cpu, conv) else "direct"
+
+
+def convolution(
+    cpu: Cpu, conv: Conv, which: mixed_conv.Product, precision: Precision
+) -> tuple[Algorithm, Precision]:
+    """How a product of a convolution is computed, and with operands of which precision."""
+    if precision == "bf16":
+        chosen = mixed_conv.choose(cpu, conv, which)
+        if chosen != "float32":
+            return chosen, "bf16"
+    how = gradient(cpu, conv) if which == "stored_gradient" else product(cpu, conv)
+    return how, "float32"
 
 
 def store(convolutions: Mapping[str, Conv], level: str, budget: int) -> set[str]:
