@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from myelin import document
-from myelin.cpu import PRECISIONS
 from myelin.document import label, listing, octets, record, text, unsigned
 from myelin.errors import ImageInvalid
 
@@ -199,7 +198,7 @@ _DESCRIPTION = record(
             {
                 "level": text(),
                 "features": listing(text(), 64),
-                "precision": text(*PRECISIONS),
+                "precision": text("float32", "bf16", "bf16x3"),
             }
         ),
         "batch": _SIZE,
