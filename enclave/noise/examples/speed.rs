@@ -1,18 +1,19 @@
-//! Samples a second of `release` and bytes a second of the generator, on one core: `cargo run --release --example speed`.
+//! Samples a second of `Noise::release` and bytes a second of the generator, on one core: `cargo run --release --example speed`.
 
 use std::time::Instant;
 
-use myelin_noise::{Generator, Scale, release};
+use myelin_noise::{Generator, Noise, Scale};
 
 fn main() {
     let mut generator = Generator::new(&[7; 32]);
     let Some(scale) = Scale::new(1.0, 1.0, 256.0) else {
         return;
     };
+    let mut noise = Noise::new(generator.fork());
     for count in [26_010, 240_640, 2_304_000] {
         let sums = vec![0.25; count];
         let mut out = vec![0.0; count];
-        let seconds = median(|| release(&sums, &mut out, scale, &mut generator));
+        let seconds = median(|| noise.release(&sums, &mut out, scale));
         println!("{count:>9} sums: {:5.0} M samples/s", count as f64 / seconds / 1e6);
     }
     let mut bytes = vec![0; 1 << 16];

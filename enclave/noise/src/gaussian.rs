@@ -8,7 +8,7 @@
 
 #![allow(clippy::arithmetic_side_effects, reason = "vectors of floats do not panic")]
 
-use zeroize::Zeroize;
+use zeroize::Zeroizing;
 
 use crate::Generator;
 use crate::lanes::*;
@@ -16,7 +16,7 @@ use crate::lanes::*;
 /// Samples made together: two outputs of Box–Muller a lane.
 const GROUP: usize = 8 * FOURS;
 /// Groups whose random words are made at once, small enough for the first-level cache.
-const GROUPS: usize = 1024 / GROUP;
+const GROUPS: usize = 512 / GROUP;
 /// Random words of a group: three a lane, 104 bits of radius and 54 of angle.
 const WORDS: usize = 12 * FOURS;
 
@@ -62,35 +62,59 @@ impl Scale {
     }
 }
 
-/// Writes the noisy means k·g/divisor of `sums` to `out`, which is as long. A sum beyond 2⁵¹ grid steps counts as that
-/// many, NaN as 2⁵¹. `generator` must be fresh or forked for this call: equal generators give equal noise.
-pub fn release(sums: &[f64], out: &mut [f32], scale: Scale, generator: &mut Generator) {
-    assert_eq!(sums.len(), out.len(), "a release has one sum an output");
-    let mut words = [[0; WORDS]; GROUPS];
-    let chunk = GROUP * GROUPS;
-    for (sums, out) in sums.chunks(chunk).zip(out.chunks_mut(chunk)) {
-        let (words, _) = words.split_at_mut(sums.len().div_ceil(GROUP));
-        generator.blocks(bytemuck::cast_slice_mut(words));
-        let (sums, last_sums) = sums.as_chunks::<GROUP>();
-        let (out, last_out) = out.as_chunks_mut::<GROUP>();
-        for ((sums, out), words) in sums.iter().zip(out).zip(words.iter()) {
-            *out = group(words, sums, scale);
-        }
-        if let (false, Some(words)) = (last_sums.is_empty(), words.last()) {
-            let mut padded = [0.0; GROUP];
-            padded.iter_mut().zip(last_sums).for_each(|(to, from)| *to = *from);
-            let means = group(words, &padded, scale);
-            last_out.iter_mut().zip(means).for_each(|(to, from)| *to = from);
-        }
-    }
-    words.zeroize();
+/// Gaussian noise of one generator.
+pub struct Noise {
+    generator: Generator,
+    words: Zeroizing<[[u64; WORDS]; GROUPS]>,
+    /// −2 ln u of the words' uniform numbers, a lane each.
+    logs: Zeroizing<[[f64; 4 * FOURS]; GROUPS]>,
 }
 
-/// The means of a group's sums from its random words.
+impl Noise {
+    /// `generator` must be fresh or forked for this noise: equal generators give equal noise.
+    pub fn new(generator: Generator) -> Self {
+        let (words, logs) = ([[0; WORDS]; GROUPS], [[0.0; 4 * FOURS]; GROUPS]);
+        Self { generator, words: Zeroizing::new(words), logs: Zeroizing::new(logs) }
+    }
+
+    /// Writes the noisy means k·g/divisor of `sums` to `out`, which is as long. A sum beyond 2⁵¹ grid steps counts as
+    /// that many, NaN as 2⁵¹. Not inlined: the disassembly of an image is checked for its instructions.
+    #[inline(never)]
+    pub fn release(&mut self, sums: &[f64], out: &mut [f32], scale: Scale) {
+        assert_eq!(sums.len(), out.len(), "a release has one sum an output");
+        for (sums, out) in sums.chunks(GROUP * GROUPS).zip(out.chunks_mut(GROUP * GROUPS)) {
+            let (words, _) = self.words.split_at_mut(sums.len().div_ceil(GROUP));
+            self.generator.blocks(bytemuck::cast_slice_mut(words));
+            // Of two short loops the processor has more rounds under way at once than of a long one.
+            for (words, log) in words.iter().zip(self.logs.iter_mut()) {
+                let [w0, w1, _] = split(words);
+                *log = log_twice(uniform(w0, w1)).into();
+            }
+            let mut draws = words.iter().zip(self.logs.iter());
+            let (sums, last_sums) = sums.as_chunks::<GROUP>();
+            let (out, last_out) = out.as_chunks_mut::<GROUP>();
+            for ((sums, out), draw) in sums.iter().zip(out).zip(draws.clone()) {
+                *out = group(draw, sums, scale);
+            }
+            if let (false, Some(draw)) = (last_sums.is_empty(), draws.next_back()) {
+                let mut padded = [0.0; GROUP];
+                padded.iter_mut().zip(last_sums).for_each(|(to, from)| *to = *from);
+                let means = group(draw, &padded, scale);
+                last_out.iter_mut().zip(means).for_each(|(to, from)| *to = from);
+            }
+        }
+    }
+}
+
+/// The means of a group's sums from its random words and their logarithms.
 #[inline(always)]
-fn group(words: &[u64; WORDS], sums: &[f64; GROUP], scale: Scale) -> [f32; GROUP] {
-    let [w0, w1, w2] = split(words);
-    let radius = mul(radius(uniform(w0, w1)), splat(scale.spread));
+fn group(
+    (words, log): (&[u64; WORDS], &[f64; 4 * FOURS]),
+    sums: &[f64; GROUP],
+    scale: Scale,
+) -> [f32; GROUP] {
+    let [_, _, w2] = split(words);
+    let radius = mul(root((*log).into()), splat(scale.spread));
     let (z0, z1) = direction(w2);
     let sums: [[[f64; 4]; 2]; FOURS] = bytemuck::cast(*sums);
     let (s0, s1) = (sums.map(|[first, _]| first), sums.map(|[_, second]| second));
@@ -139,9 +163,9 @@ fn uniform(w0: Words, w1: Words) -> Floats {
     fma(low, splat(TINY), sub(one_to_two(w0), splat(1.0)))
 }
 
-/// sqrt(−2 ln u) for u in [2⁻¹⁰⁵, 1].
+/// −2 ln u for u in [2⁻¹⁰⁵, 1].
 #[inline(always)]
-fn radius(u: Floats) -> Floats {
+fn log_twice(u: Floats) -> Floats {
     // u = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
     let shifted = add_bits(as_bits(u), bits(ONE - SQRT_HALF));
     let exponent = shr::<52>(shifted) | bits(0x4330_0000_0000_0000);
@@ -153,7 +177,12 @@ fn radius(u: Floats) -> Floats {
     let tail = fma(k, splat(-LN_4_LOW), tail);
     let head = fma(k, splat(-LN_4_HIGH), mul(f, splat(-2.0)));
     let rest = fma(f, splat(-2.0), sub(mul(k, splat(-LN_4_HIGH)), head));
-    let x = add(head, add(tail, rest));
+    add(head, add(tail, rest))
+}
+
+/// The square root of x = −2 ln u: a radius.
+#[inline(always)]
+fn root(x: Floats) -> Floats {
     // y = 1/sqrt(x) from the bits of x within 3.4 %, then two steps of higher order and one on the root itself. The
     // square-root instruction is faster, but not known to take the same time for every operand.
     let y = as_float(sub_bits(bits(0x5fe6_eb50_c7b5_37a9), shr::<1>(as_bits(x))));
@@ -261,7 +290,7 @@ mod tests {
     /// The two Gaussians of three words.
     fn pair(words: [u64; 3]) -> (f64, f64) {
         let [w0, w1, w2] = words.map(|word| Words::from([word; 4 * FOURS]));
-        let radius = radius(uniform(w0, w1));
+        let radius = root(log_twice(uniform(w0, w1)));
         let (first, second) = direction(w2);
         let [z0, z1] = [first, second].map(|z| <[f64; 4 * FOURS]>::from(mul(radius, z)));
         (z0[0], z1[0])
@@ -293,7 +322,7 @@ mod tests {
         let mut even = 0u32;
         for words in &words {
             let [w0, w1, w2] = split(words);
-            let radius = mul(radius(uniform(w0, w1)), splat(scale.spread));
+            let radius = mul(root(log_twice(uniform(w0, w1))), splat(scale.spread));
             let (z0, z1) = direction(w2);
             for z in [z0, z1] {
                 let k: [f64; 4 * FOURS] = round(splat(a), radius, z, scale).into();

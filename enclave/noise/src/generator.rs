@@ -4,6 +4,7 @@ use core::convert::Infallible;
 
 use aes::Aes256Enc;
 use aes::cipher::{Array, BlockCipherEncrypt, KeyInit};
+use rand_core::utils::next_word_via_fill;
 use rand_core::{TryCryptoRng, TryRng};
 use zeroize::Zeroize;
 
@@ -63,10 +64,12 @@ impl Generator {
 
     /// Overwrites `blocks` with the next blocks of the key stream.
     pub(crate) fn blocks(&mut self, blocks: &mut [[u8; BLOCK]]) {
-        for block in blocks.iter_mut() {
-            *block = self.counter.to_be_bytes();
-            self.counter = self.counter.wrapping_add(1);
+        // Only the lower half counts on: 2⁶⁴ blocks are more than anyone can draw.
+        let (high, low) = ((self.counter >> 64) as u64, self.counter as u64);
+        for (block, i) in blocks.iter_mut().zip(0..) {
+            *block = bytemuck::cast([high.to_be(), low.wrapping_add(i).to_be()]);
         }
+        self.counter = self.counter.wrapping_add(blocks.len() as u128);
         self.cipher.encrypt_blocks(Array::cast_slice_from_core_mut(blocks));
     }
 }
@@ -75,15 +78,11 @@ impl TryRng for Generator {
     type Error = Infallible;
 
     fn try_next_u32(&mut self) -> Result<u32, Infallible> {
-        let mut bytes = [0; 4];
-        self.fill(&mut bytes);
-        Ok(u32::from_le_bytes(bytes))
+        next_word_via_fill(self)
     }
 
     fn try_next_u64(&mut self) -> Result<u64, Infallible> {
-        let mut bytes = [0; 8];
-        self.fill(&mut bytes);
-        Ok(u64::from_le_bytes(bytes))
+        next_word_via_fill(self)
     }
 
     fn try_fill_bytes(&mut self, out: &mut [u8]) -> Result<(), Infallible> {

@@ -12,5 +12,5 @@ mod gaussian;
 mod generator;
 mod lanes;
 
-pub use gaussian::{Scale, release};
+pub use gaussian::{Noise, Scale};
 pub use generator::Generator;

@@ -7,7 +7,7 @@
     reason = "tests fail by panics"
 )]
 
-use myelin_noise::{Generator, Scale, release};
+use myelin_noise::{Generator, Noise, Scale};
 
 /// Samples of a distribution test.
 const SAMPLES: usize = 1 << 23;
@@ -21,7 +21,7 @@ fn integers(sums: &[f64], multiplier: f64, seed: u8) -> Vec<f64> {
     let grid = Scale::new(multiplier, 1.0, 1.0).unwrap().grid();
     let scale = Scale::new(multiplier, 1.0, grid).unwrap();
     let mut out = vec![0.0; sums.len()];
-    release(sums, &mut out, scale, &mut Generator::new(&[seed; 32]));
+    Noise::new(Generator::new(&[seed; 32])).release(sums, &mut out, scale);
     out.into_iter().map(f64::from).collect()
 }
 
@@ -33,7 +33,7 @@ fn release_matches_mpmath() {
     let scale = Scale::new(1.25, 1.0, 7.0).unwrap();
     assert_eq!((scale.grid(), scale.sigma()), (1.0 / 32.0, 1.25));
     let mut out = vec![0.0; sums.len()];
-    release(&sums, &mut out, scale, &mut Generator::new(&seed));
+    Noise::new(Generator::new(&seed)).release(&sums, &mut out, scale);
     for (row, out) in rows.iter().zip(&out) {
         let k: f64 = row[1].parse().unwrap();
         assert_eq!(*out, (k * (scale.grid() / 7.0)) as f32, "{row:?}");
@@ -41,7 +41,7 @@ fn release_matches_mpmath() {
     // A shorter release is the beginning of a longer one.
     for count in [1, 3, 4, 5, 8, 9, 1023, 1024, 1025, 2049] {
         let mut part = vec![0.0; count];
-        release(&sums[..count], &mut part, scale, &mut Generator::new(&seed));
+        Noise::new(Generator::new(&seed)).release(&sums[..count], &mut part, scale);
         assert_eq!(part, out[..count]);
     }
 }
@@ -74,7 +74,7 @@ fn outputs_lie_on_the_grid_whatever_the_sums_are() {
     let sums: Vec<f64> = (0..10_000).map(|i| f64::from(i).powi(3) / 7.0 - 1e9).collect();
     let scale = Scale::new(1.0, 1.0, 1.0).unwrap();
     let mut out = vec![0.0; sums.len()];
-    release(&sums, &mut out, scale, &mut Generator::new(&[5; 32]));
+    Noise::new(Generator::new(&[5; 32])).release(&sums, &mut out, scale);
     for out in out {
         assert_eq!(f64::from(out) / scale.grid() % 1.0, 0.0);
     }
@@ -245,7 +245,7 @@ fn bits_are_the_same_at_every_level() {
         let sums: Vec<f64> = (0..count).map(|i| (f64::from(i) - 3.0) * 0.37).collect();
         let mut out = vec![0.0; sums.len()];
         let scale = Scale::new(1.3, 0.7, 256.0).unwrap();
-        release(&sums, &mut out, scale, &mut generator.fork());
+        Noise::new(generator.fork()).release(&sums, &mut out, scale);
         for mean in &out {
             hash = (hash ^ u64::from(mean.to_bits())).wrapping_mul(0x0100_0000_01b3);
         }

@@ -15,7 +15,8 @@ const KIND: &str = "myelin/job/1";
 const SAMPLER: &str = "poisson";
 const NEIGHBORING_RELATION: &str = "add-or-remove-one";
 
-/// A job, checked.
+/// A job, checked; by default none.
+#[derive(Default)]
 pub struct Job {
     /// SHA-256 of the document: the job's name everywhere.
     pub digest: [u8; 32],
@@ -34,7 +35,7 @@ pub struct Job {
 }
 
 /// What an image is known by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Image {
     /// SHA-256 of the ELF file.
     pub digest: [u8; 32],
@@ -84,7 +85,7 @@ pub struct Receive {
 }
 
 /// The integers that limit the training; units as in docs/protocol.md.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs, reason = "each is the field of docs/protocol.md of the same name")]
 pub struct Privacy {
     pub delta: u64,
@@ -98,20 +99,6 @@ pub struct Privacy {
 }
 
 impl Job {
-    /// No job yet.
-    pub const fn new() -> Self {
-        let nothing = [0; 32];
-        Job {
-            digest: nothing,
-            image: Image { digest: nothing, measurement: nothing },
-            sends: List::new(),
-            parties: List::new(),
-            privacy: Privacy::NONE,
-            weights: nothing,
-            receives: List::new(),
-        }
-    }
-
     /// Reads and checks a job document, in place: a job is large for an enclave's stack. After a
     /// refusal this is no job.
     ///
@@ -186,12 +173,6 @@ impl Job {
             && self.parties.iter().all(Party::is_usable)
             && self.privacy.is_sensible();
         if sensible { Ok(()) } else { Err(Refusal::JobWrong) }
-    }
-}
-
-impl Default for Job {
-    fn default() -> Self {
-        Job::new()
     }
 }
 
@@ -273,17 +254,6 @@ impl Receive {
 }
 
 impl Privacy {
-    const NONE: Privacy = Privacy {
-        delta: 0,
-        steps: 0,
-        epsilon: 0,
-        max_batch: 0,
-        sample_rate: 0,
-        max_grad_norm: 0,
-        expected_batch: 0,
-        noise_multiplier: 0,
-    };
-
     fn read(reader: &mut Reader<'_>) -> Result<Self, Refusal> {
         reader.map(10)?;
         let delta = reader.key("delta")?.unsigned()?;

@@ -12,11 +12,6 @@ pub struct List<T> {
 }
 
 impl<T> List<T> {
-    /// The empty list.
-    pub const fn new() -> Self {
-        List { items: [const { None }; MOST], length: 0 }
-    }
-
     /// Adds an item, or refuses with `limit-exceeded`.
     pub fn push(&mut self, item: T) -> Result<(), Refusal> {
         *self.items.get_mut(self.length).ok_or(Refusal::LimitExceeded)? = Some(item);
@@ -63,6 +58,6 @@ impl<T> List<T> {
 
 impl<T> Default for List<T> {
     fn default() -> Self {
-        List::new()
+        List { items: [const { None }; MOST], length: 0 }
     }
 }

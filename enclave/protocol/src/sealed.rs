@@ -69,11 +69,10 @@ impl Sealed {
     }
 
     /// Where the plaintext of chunk `index` lies in the file's plaintext: (offset, bytes).
-    pub fn chunk(&self, index: u64) -> Option<(u64, usize)> {
-        let offset = index.checked_mul(CHUNK as u64)?;
-        let rest = self.length.checked_sub(offset)?;
-        let bytes = usize::try_from(rest.min(CHUNK as u64)).ok()?;
-        (index < self.chunks()).then_some((offset, bytes))
+    pub fn chunk(&self, index: u64) -> Option<(usize, usize)> {
+        let offset = usize::try_from(index).ok()?.checked_mul(CHUNK)?;
+        let rest = usize::try_from(self.length).ok()?.checked_sub(offset)?;
+        (index < self.chunks()).then_some((offset, rest.min(CHUNK)))
     }
 
     /// Encrypts chunk `index` in place; gives its tag.

@@ -107,7 +107,7 @@ fn sealed_files() {
         let mut file = made.header().to_vec();
         for number in 0..made.chunks() {
             let (offset, bytes) = made.chunk(number).unwrap();
-            let mut text = plaintext[offset as usize..][..bytes].to_vec();
+            let mut text = plaintext[offset..][..bytes].to_vec();
             let tag = made.encrypt(number, &mut text).unwrap();
             file.extend(text);
             file.extend(tag);

@@ -51,7 +51,7 @@ impl Memory {
         if !enough(Slot::Records, plan.records) || !enough(Slot::Test, plan.tests) {
             return Err(Refusal::CapacityWrong);
         }
-        let mut places = List::new();
+        let mut places = List::default();
         let mut start = 0_usize;
         for send in job.sends.iter() {
             let end = usize::try_from(send.capacity)

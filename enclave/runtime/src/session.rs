@@ -59,6 +59,7 @@ struct Secrets {
 }
 
 /// The initial weights as they come in.
+#[derive(Default)]
 struct Initial {
     received: usize,
     hash: Sha256,
@@ -80,7 +81,7 @@ impl<M: Machine> Session<M> {
             let memory = Memory::new(&mut machine, &plan)?;
             Ok(Engine { plan, memory })
         });
-        Session { machine, engine, job: Job::new(), instance: None, phase: Phase::Waiting }
+        Session { machine, engine, job: Job::default(), instance: None, phase: Phase::Waiting }
     }
 
     /// Serves one request, a private copy of what the host sent; gives the reply's length.
@@ -146,7 +147,7 @@ impl<M: Machine> Session<M> {
         if job.has(Slot::Score) && plan.loss == Loss::MeanSquaredError {
             return Err(Refusal::JobWrong);
         }
-        let mut inputs = List::new();
+        let mut inputs = List::default();
         let places = memory.place(job, plan)?;
         for (send, place) in job.sends.iter().zip(places.iter()) {
             inputs.push(Input::new(*send, place.clone(), plan.record()))?;
@@ -159,9 +160,9 @@ impl<M: Machine> Session<M> {
         self.instance = Some(Instance {
             hpke: hpke.public()?,
             sign: sign.public()?,
-            approved: List::new(),
+            approved: List::default(),
             inputs,
-            initial: Initial::new(),
+            initial: Initial::default(),
             steps: 0,
         });
         self.phase = Phase::Running(Secrets { generator, hpke, sign });
@@ -236,7 +237,7 @@ impl<M: Machine> Session<M> {
         initial.hash.update(part);
         initial.received = end;
         if end == weights.len() && initial.hash.clone().finalize() != self.job.weights {
-            *initial = Initial::new();
+            *initial = Initial::default();
             return Err(Refusal::WeightsDigestWrong);
         }
         Ok(0)
@@ -305,7 +306,7 @@ impl<M: Machine> Session<M> {
             output: Sha256::digest(engine.memory.bytes(weights)).into(),
         };
         let length = receipt.write(result, &secrets.sign)?;
-        let mut outputs = List::new();
+        let mut outputs = List::default();
         for receive in self.job.receives.iter() {
             outputs.push(receive.party.map(|party| {
                 let (mut key, mut salt) = (Zeroizing::new([0; 32]), [0; 32]);
@@ -342,8 +343,7 @@ impl<M: Machine> Session<M> {
             return Ok(0);
         };
         let Engine { plan, memory } = self.engine.as_mut().map_err(|refusal| *refusal)?;
-        let start = usize::try_from(offset).map_err(|_| Refusal::OutputUnknown)?;
-        let weights = memory.bytes(plan.buffers.weights).get(start..);
+        let weights = memory.bytes(plan.buffers.weights).get(offset..);
         let plaintext = weights.and_then(|rest| rest.get(..bytes)).ok_or(Refusal::OutputUnknown)?;
         let length = put(result, &[plaintext, &[0; CHUNK_TAG]])?;
         let (text, rest) = result.split_at_mut(bytes);
@@ -392,17 +392,11 @@ impl Instance {
 
     /// The loaded inputs of `slot`, in order.
     fn shards(&self, slot: Slot) -> Result<List<Shard>, Refusal> {
-        let mut shards = List::new();
+        let mut shards = List::default();
         for input in self.inputs.iter().filter(|input| input.send().slot == slot) {
             shards.push(input.loaded()?.0.clone())?;
         }
         Ok(shards)
-    }
-}
-
-impl Initial {
-    fn new() -> Self {
-        Initial { received: 0, hash: Sha256::new() }
     }
 }
 

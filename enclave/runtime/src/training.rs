@@ -2,7 +2,7 @@
 
 use core::ops::Range;
 
-use myelin_noise::{Generator, Scale, release};
+use myelin_noise::{Generator, Noise, Scale};
 use myelin_protocol::{List, Privacy, Refusal, Score};
 use zeroize::{Zeroize, Zeroizing};
 
@@ -183,7 +183,7 @@ impl Engine {
         let sums = if summed { &**sums } else { &[] };
         let gradient = floats_mut(arena, self.plan.buffers.gradient);
         machine.parallel_chunks(gradient, CHUNK, &|index, gradient| {
-            let mut generator = generator.child(index as u64);
+            let mut noise = Noise::new(generator.child(index as u64));
             let mut totals = Zeroizing::new([0.0; BLOCK]);
             let firsts = (index.saturating_mul(CHUNK)..).step_by(BLOCK);
             for (first, part) in firsts.zip(gradient.chunks_mut(BLOCK)) {
@@ -195,7 +195,7 @@ impl Engine {
                 for (total, earlier) in totals.iter_mut().zip(earlier) {
                     *total += *earlier;
                 }
-                release(totals, part, scale, &mut generator);
+                noise.release(totals, part, scale);
             }
         });
     }

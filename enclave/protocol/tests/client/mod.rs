@@ -63,7 +63,7 @@ impl Client {
 
 /// A job that was read.
 pub fn read_job(document: &[u8]) -> Result<Job, Refusal> {
-    let mut job = Job::new();
+    let mut job = Job::default();
     job.read(document).map(|()| job)
 }
 
