@@ -3,7 +3,7 @@
 `python -m benchmarks [--models NAME,…|all] [--rounds N] [--seconds S] [--page [--steps N]]`. Every
 row is measured in a process of its own, two threads, rounds interleaved; a row's time is the median
 of its rounds' medians. Writes build/bench.json. `--page` measures the cost of privacy by layer,
-scaling and accuracy as well and writes docs/benchmarks.md and its pictures.
+threads, loading, scaling and accuracy as well and writes docs/benchmarks.md and its pictures.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, kernels, pictures, report, scaling
+from benchmarks import accuracy, kernels, load, pictures, report, scaling, threads
 from benchmarks.models import SMALL, cases_named
 from benchmarks.report import BUILD, PICTURES, ROOT, Section, Table
 from myelin.cpu import Cpu
@@ -59,6 +59,9 @@ def main() -> None:
         sections[0].print()
         for more in (
             lambda: kernels.cost_by_layer(cases, asked.seconds, folder),
+            lambda: threads.speedup(cases, asked.seconds),
+            lambda: threads.limits(asked.seconds),
+            load.section,
             lambda: scaling.section(scaling.MODEL, asked.seconds, folder),
             lambda: accuracy.section(accuracy.MODELS, asked.steps, folder),
         ) * asked.page:

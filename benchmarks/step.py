@@ -29,12 +29,17 @@ from myelin.enclave import Enclave
 from myelin.evidence import Evidence
 from myelin.grant import grant
 
-REPEATS, MOST_STEPS = 5, 4_000
+REPEATS, MOST_STEPS = 5, 20_000
 NONCE = bytes(32)
 
 
 def build(
-    case: Case, records: int, folder: Path, *left_out: str, precision: Precision = "float32"
+    case: Case,
+    records: int,
+    folder: Path,
+    *left_out: str,
+    precision: Precision = "float32",
+    threads: int = 2,
 ) -> recipe.Build:
     """An image whose programs of these names are empty."""
 
@@ -53,6 +58,7 @@ def build(
             records=records,
             cpu=Cpu.native().level,
             precision=precision,
+            threads=threads,
             directory=folder,
         )
 
@@ -79,9 +85,10 @@ class Run:
             receives={"weights": [self.owner.public]},
         )
         approval = self.job.approve(self.owner)
-        features = built.image.description["cpu"]["features"]
+        description = built.image.description
+        features, threads = description["cpu"]["features"], description["threads"]
         start = time.perf_counter()
-        self.cell = Cell(built.image_path, backend=backend, threads=2, features=features)
+        self.cell = Cell(built.image_path, backend=backend, threads=threads, features=features)
         self.enclave = Enclave(self.cell)
         self.enclave.job(self.job.to_bytes())
         self.enclave.approve(approval)

@@ -1,10 +1,11 @@
 #!/bin/sh
-# Builds the enclave runtime of one CPU level: build.sh LEVEL OUTDIR writes OUTDIR/libmyelin_enclave.a.
+# Builds the enclave runtime of one CPU level: build.sh LEVEL OUTDIR writes OUTDIR/libmyelin_enclave.a;
+# build.sh LEVEL OUTDIR EXAMPLE an example of the protocol in the same way, for this machine: OUTDIR/EXAMPLE.
 # Levels of one family of processors take the runtime of x86-64-v4 (src/myelin/cpu.py).
 # The bytes depend on nothing but the sources, Cargo.lock, the toolchain and the level: not on folders or the machine.
 set -eu
-level=${1:?"usage: build.sh LEVEL OUTDIR"}
-mkdir -p "${2:?"usage: build.sh LEVEL OUTDIR"}"
+level=${1:?"usage: build.sh LEVEL OUTDIR [EXAMPLE]"}
+mkdir -p "${2:?"usage: build.sh LEVEL OUTDIR [EXAMPLE]"}"
 out=$(cd "$2" && pwd)
 cd "$(dirname "$0")"
 features=+aes,+pclmulqdq,+rdrand,+rdseed
@@ -14,6 +15,12 @@ case $level in
     *) echo "build.sh: level $level is unknown; give x86-64-v3 or x86-64-v4" >&2; exit 2 ;;
 esac
 target=x86_64-unknown-linux-gnu
+case ${3-} in
+    "") set -- libmyelin_enclave.a --package myelin-gate ;;
+    *) set -- "examples/$3" --package myelin-protocol --example "$3" ;;
+esac
+made=$1
+shift
 cargo fetch --quiet --locked --target "$target"
 
 # One flag a line, because folders may have spaces. Naming the target keeps the flags away from procedural macros,
@@ -26,5 +33,5 @@ flags=$(
     done
 )
 CARGO_ENCODED_RUSTFLAGS=$(printf '%s' "$flags" | tr '\n' '\037') \
-    cargo build --quiet --release --locked --package myelin-gate --target "$target" --target-dir "$PWD/target/$level"
-cp "target/$level/$target/release/libmyelin_enclave.a" "$out/libmyelin_enclave.a"
+    cargo build --quiet --release --locked "$@" --target "$target" --target-dir "$PWD/target/$level"
+cp "target/$level/$target/release/$made" "$out/"

@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
 from benchmarks import __main__ as bench  # noqa: E402
-from benchmarks import accuracy, kernels, pictures, scaling  # noqa: E402
+from benchmarks import accuracy, kernels, pictures, scaling, threads  # noqa: E402
 from benchmarks.models import CASES, WIDENED, Case, case_named  # noqa: E402
 from benchmarks.report import Section, Table  # noqa: E402
 
@@ -301,3 +301,9 @@ def test_pictures_are_readable_text_on_their_own_ground(tmp_path) -> None:
     assert "3.00× · 5,000/s" in texts[0]
     assert "loss, factors" in texts[1]
     assert pictures.throughput(bench.bars(ROWS), tmp_path).read_text() == texts[0]
+
+
+def test_the_limit_of_spinning_is_one_constant_of_the_runtime() -> None:
+    code = (ROOT / "enclave" / "gate" / "src" / "threads.rs").read_text()
+    (limit,) = threads.PATIENCE.findall(code)
+    assert int(limit) in threads.LIMITS

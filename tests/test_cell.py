@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ from myelin.errors import CellDied, EnclaveRefused, UsageError
 from myelin.native import native_file
 
 SOURCES = Path(__file__).parent / "cell_image"
-ECHO, REFUSE, SPIN, GATHER, HEAP_ENDS, AVX2, AVX512 = range(7)
+ECHO, REFUSE, SPIN, GATHER, HEAP_ENDS, AVX2, AVX512, ALONE = range(8)
 WRITE, READ = 10, 11
 BASE, MAILBOX = 0x4000_0000, 0x10_0000_0000
 PROGRAM_HEADERS, HEADER_BYTES = 64, 56
@@ -114,6 +115,69 @@ def test_a_refusal_has_its_reason_and_the_cell_goes_on(start: Callable[..., Cell
         cell.request(REFUSE)
     assert refusal.value.reason == "operation-unknown"
     assert cell.request(ECHO, b"still here") == b"still here"
+
+
+def test_a_stream_keeps_requests_and_replies_in_step(start: Callable[..., Cell]) -> None:
+    cell = start()
+    cell.stream(ECHO, ([bytes([n]), bytes(10_000 * n)] for n in range(90)))
+    cell.stream(ECHO, [])
+    assert cell.request(ECHO, b"after") == b"after"
+
+
+def test_a_refusal_ends_a_stream_and_the_cell_goes_on(start: Callable[..., Cell]) -> None:
+    cell = start()
+    sent: list[int] = []
+
+    def bodies() -> Iterator[list[bytes]]:
+        for number in range(10):
+            sent.append(number)
+            yield [b"x"]
+
+    with pytest.raises(EnclaveRefused) as refusal:
+        cell.stream(REFUSE, bodies())
+    assert refusal.value.reason == "operation-unknown"
+    assert sent == [0, 1]
+    assert cell.request(ECHO, b"still here") == b"still here"
+    with pytest.raises(EnclaveRefused):  # the last reply counts as well
+        cell.stream(REFUSE, [[b"x"]])
+
+
+def test_an_error_of_what_is_streamed_ends_the_cell(start: Callable[..., Cell]) -> None:
+    cell = start()
+
+    def bodies() -> Iterator[list[bytes]]:
+        yield [b"x"]
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        cell.stream(ECHO, bodies())
+    with pytest.raises(CellDied, match="a request was interrupted"):
+        cell.request(ECHO)
+
+
+def test_a_helping_thread_without_work_leaves_its_core(start: Callable[..., Cell]) -> None:
+    cell = start(threads=2)
+
+    def ticks() -> list[int]:
+        """Of processor time of each thread, by number; the first is the one that works."""
+        fields = [(t / "stat").read_text().rpartition(")")[2].split() for t in tasks(cell)]
+        return [int(field[11]) + int(field[12]) for field in fields]
+
+    ask(cell, ECHO)
+    before = ticks()
+
+    def work() -> None:
+        with contextlib.suppress(CellDied):
+            cell.request(ALONE)
+
+    client = threading.Thread(target=work)
+    client.start()
+    while ticks()[0] - before[0] < 50:
+        time.sleep(0.02)
+    first, second, *_ = (after - earlier for after, earlier in zip(ticks(), before, strict=True))
+    cell.close()
+    client.join()
+    assert second < first / 2
 
 
 def test_helping_threads_come_inside(start: Callable[..., Cell]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -81,6 +82,19 @@ def test_junk_in_place_of_an_approval_is_named_and_waited_out(exchange: Exchange
     with pytest.raises(ExchangeError, match=r"no approval within 0.3 s from: a, researcher"):
         host(exchange, say=said.append)
     assert sum("is no approval by" in line for line in said) == 2
+
+
+def test_the_host_says_when_threads_share_a_core(exchange: Exchange) -> None:
+    allowed = os.sched_getaffinity(0)
+    for cores, told in (({min(allowed)}, True), (allowed, len(allowed) < 2)):
+        said: list[str] = []
+        try:
+            os.sched_setaffinity(0, cores)
+            with pytest.raises(ExchangeError):
+                host(exchange, say=said.append)
+        finally:
+            os.sched_setaffinity(0, allowed)
+        assert any("not pinned to cores of their own: 2 threads" in line for line in said) == told
 
 
 def test_a_sealed_file_that_is_still_coming_is_waited_for(exchange: Exchange, job: Job) -> None:

@@ -28,6 +28,10 @@ const DONE: u32 = 0;
 const IDLE: u32 = 1;
 const REFUSED: u32 = 2;
 
+/// Nanoseconds that a helping thread leaves its core to others: at first when work had come and then
+/// came none, twice as long each time that it came back for nothing, at most the last.
+const PAUSES: [i64; 2] = [50_000, 1_000_000];
+
 /// 1 while the first thread is inside: the others enter, else they sleep on it.
 static INSIDE: AtomicU32 = AtomicU32::new(0);
 static STARTED: AtomicU32 = AtomicU32::new(0);
@@ -90,16 +94,25 @@ fn settle(core: Option<usize>) {
     STARTED.fetch_add(1, SeqCst);
 }
 
-/// A helping thread: inside while the first thread is, asleep otherwise.
+/// A helping thread: asleep while the first thread is outside, inside while there is work to share.
+/// It leaves when none came for a while, and looks again after a pause or at the next request.
 fn help<S: Slot>(index: usize, slot: &mut S) -> ! {
+    let [first, last] = PAUSES;
+    let mut pause = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: first,
+    };
     loop {
         while INSIDE.load(SeqCst) == 0 {
-            sys::wait(&INSIDE, 0);
+            sys::wait(&INSIDE, 0, None);
+            pause.tv_nsec = first;
         }
         match slot.enter() {
-            IDLE => {}
+            DONE => pause.tv_nsec = first,
+            IDLE => pause.tv_nsec = last.min(2 * pause.tv_nsec),
             code => fail(index, code),
         }
+        sys::wait(&INSIDE, 1, Some(&pause));
     }
 }
 
@@ -127,27 +140,28 @@ fn ready(threads: usize, placement: &Placement) -> String {
     format!("{{\"threads\": {threads}, \"cores\": {cores:?}, \"unpinned\": {unpinned}}}")
 }
 
-/// Waits for a request and leaves it in the mailbox; ends the cell when the host has closed its
-/// end.
+/// Waits for a request and leaves it in the mailbox, not a byte of the next one with it, which may
+/// wait already; ends the cell when the host has closed its end.
 fn receive() {
     let mut have = 0;
     let mut want = 4;
     while have < want {
         // SAFETY: FRAME is followed by the mailbox's body, and no thread is inside.
-        match unsafe { sys::read(FRAME.add(have), 4 + BODY_BYTES - have) } {
+        match unsafe { sys::read(FRAME.add(have), want - have) } {
             Ok(0) if have == 0 => sys::exit(0),
             Ok(0) => sys::die(format_args!("the host closed its end within a request")),
             Ok(got) => have += got,
             Err(libc::EINTR) => {}
             Err(error) => sys::die(format_args!("reading a request failed with error {error}")),
         }
-        if have >= 4 {
+        if have == 4 {
             // SAFETY: the four bytes were just read.
             want = 4 + unsafe { FRAME.cast::<u32>().read() } as usize;
         }
-        if want > 4 + BODY_BYTES || have > want.max(4) {
+        if want > 4 + BODY_BYTES {
             sys::die(format_args!(
-                "the host sent a frame that is not one request of at most {BODY_BYTES} bytes"
+                "the host sent a request of {} bytes, more than {BODY_BYTES}",
+                want - 4
             ));
         }
     }

@@ -64,17 +64,17 @@ pub unsafe fn write(mut at: *const u8, mut bytes: usize) -> Result<(), i32> {
     Ok(())
 }
 
-/// Sleeps while `word` holds `value`; may wake for no reason.
-pub fn wait(word: &AtomicU32, value: u32) {
+/// Sleeps while `word` holds `value`, for `most` at most where given; may wake for no reason.
+pub fn wait(word: &AtomicU32, value: u32, most: Option<&libc::timespec>) {
     let op = libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG;
-    // SAFETY: the word outlives the call, which only reads it.
+    // SAFETY: the word and the time outlive the call, which only reads them.
     unsafe {
         cell_syscall(
             libc::SYS_futex,
             word.as_ptr() as usize,
             op as usize,
             value as usize,
-            0,
+            most.map_or(0, |most| &raw const *most as usize),
         )
     };
 }

@@ -20,7 +20,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, NoReturn, Self
@@ -125,28 +125,34 @@ class Cell:
         or had to be ended: a fault, a system call, a reply that is none, no reply in time.
         `UsageError` when `body` is too long. Threads may share a cell; their requests take turns.
         """
-        length = 4 + sum(map(len, body))
-        if length > MESSAGE_BYTES:
-            raise UsageError(f"a request of {length} bytes is too long: at most {MESSAGE_BYTES}")
-        with self._exchange:
-            if self._death is not None:
-                raise CellDied(self._death)
-            try:
-                deadline = None if timeout is None else time.monotonic() + timeout
-                self._send(struct.pack("<II", length, operation), body, deadline)
-                reply = self._receive(deadline)
-            except CellDied:
-                raise
-            except BaseException:
-                # Interrupted between request and reply: the next reply would be the wrong one.
-                self._end("it was ended, because a request was interrupted")
-                raise
-            status, result = reply[:4], bytes(reply[4:])
-            if status == bytes(4):
-                return result
-            if len(status) < 4 or not _REASON.fullmatch(result):
-                self._die("it sent a reply without status or reason, and was killed")
-            raise EnclaveRefused(result.decode("ascii"))
+        header = _header(operation, body)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._turn():
+            self._send(header, body, deadline)
+            reply = bytes(self._receive(deadline))
+        return self._result(reply)
+
+    def stream(self, operation: int, bodies: Iterable[Sequence[bytes]]) -> None:
+        """Send one operation with each of `bodies`, one after another; results are dropped.
+
+        Each goes out while the enclave works on the one before. Raises as `request` does. After a
+        refusal the enclave still gets the body that is on its way, and no more. An error of
+        `bodies` ends the cell.
+        """
+        before = last = bytes(4)
+        with self._turn():
+            waiting = False
+            for body in bodies:
+                self._send(_header(operation, body), body, None)
+                if waiting:
+                    before = bytes(self._receive(None, more=True))
+                    if before[:4] != bytes(4):
+                        break
+                waiting = True
+            if waiting:
+                last = bytes(self._receive(None))
+        self._result(before)
+        self._result(last)
 
     def close(self) -> None:
         """End the cell, if it still runs, and wait until it is gone. Its memory goes with it."""
@@ -167,6 +173,29 @@ class Cell:
         """Close the cell."""
         self.close()
 
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Nobody else's requests; what interrupts them ends the cell."""
+        with self._exchange:
+            if self._death is not None:
+                raise CellDied(self._death)
+            try:
+                yield
+            except CellDied:
+                raise
+            except BaseException:
+                # Between request and reply: the next reply would be the wrong one.
+                self._end("it was ended, because a request was interrupted")
+                raise
+
+    def _result(self, reply: bytes) -> bytes:
+        status, result = reply[:4], reply[4:]
+        if status == bytes(4):
+            return result
+        if len(status) < 4 or not _REASON.fullmatch(result):
+            self._die("it sent a reply without status or reason, and was killed")
+        raise EnclaveRefused(result.decode("ascii"))
+
     def _send(self, header: bytes, body: Sequence[bytes], deadline: float | None) -> None:
         try:
             self._limit(deadline)
@@ -182,16 +211,19 @@ class Cell:
             self._receive(deadline)
             self._die("it stopped listening, and was killed")
 
-    def _receive(self, deadline: float | None) -> memoryview:
-        """The next message, valid until the one after it. Raises `CellDied` when there is none."""
+    def _receive(self, deadline: float | None, *, more: bool = False) -> memoryview:
+        """The next message, valid until the one after it. Raises `CellDied` when there is none.
+
+        Where `more` are due, what follows it is left alone.
+        """
         try:
-            have = self._fill(0, 4, deadline)
+            have = self._fill(0, 4, deadline, exactly=more)
             (length,) = struct.unpack_from("<I", self._frame)
             if length == _LAST_WORDS:
                 self._die(self._last_words(have))
             if length > MESSAGE_BYTES:
                 self._die(f"it sent a frame of {length} bytes, more than 1 MiB, and was killed")
-            if self._fill(have, 4 + length, deadline) > 4 + length:
+            if self._fill(have, 4 + length, deadline, exactly=more) > 4 + length:
                 self._die("it sent more than one reply to one request, and was killed")
             return self._frame[4 : 4 + length]
         except TimeoutError:
@@ -200,11 +232,13 @@ class Cell:
             self._process.wait(1.0)
             self._die(self._process.explanation())
 
-    def _fill(self, have: int, wanted: int, deadline: float | None) -> int:
-        """Reads until the frame has `wanted` bytes. Returns how many it has."""
+    def _fill(
+        self, have: int, wanted: int, deadline: float | None, *, exactly: bool = False
+    ) -> int:
+        """Reads until the frame has `wanted` bytes or more. Returns how many it has."""
         while have < wanted:
             self._limit(deadline)
-            got = self._socket.recv_into(self._frame[have:])
+            got = self._socket.recv_into(self._frame[have : wanted if exactly else None])
             if got == 0:
                 raise EOFError
             have += got
@@ -238,6 +272,13 @@ class Cell:
         # Wakes a thread that still waits for a reply; the descriptor is closed when none does.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+
+def _header(operation: int, body: Sequence[bytes]) -> bytes:
+    length = 4 + sum(map(len, body))
+    if length > MESSAGE_BYTES:
+        raise UsageError(f"a request of {length} bytes is too long: at most {MESSAGE_BYTES}")
+    return struct.pack("<II", length, operation)
 
 
 class _Process:

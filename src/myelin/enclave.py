@@ -6,7 +6,7 @@ Everything here runs on the untrusted host: it carries bytes and can stop progre
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
@@ -24,6 +24,9 @@ class Transport(Protocol):
 
     def request(self, operation: int, *body: bytes) -> bytes:
         """Sends one operation; raises `EnclaveRefused` or `CellDied`."""
+
+    def stream(self, operation: int, bodies: Iterable[Sequence[bytes]]) -> None:
+        """Sends one operation with each of `bodies`, ahead of the replies, which are dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +75,7 @@ class Enclave:
                 "sealed-header-wrong", f"{len(header)} bytes are no header of {HEADER}"
             )
         self._transport.request(_OPEN, struct.pack("<I", index) + header)
-        number = 0
-        while chunks := sealed.read(_BATCH * (CHUNK + TAG)):
-            self._transport.request(_CHUNKS, struct.pack("<IQ", index, number), chunks)
-            if progress is not None:
-                progress(len(chunks))
-            number += _BATCH
+        self._transport.stream(_CHUNKS, _bodies(index, sealed, progress))
 
     def weights(self, flat: bytes) -> None:
         """Hands over the public initial weights, flat float32; their digest stands in the job."""
@@ -110,3 +108,14 @@ class Enclave:
 
     def _part(self, index: int, part: int) -> bytes:
         return self._transport.request(_OUTPUT, struct.pack("<II", index, part))
+
+
+def _bodies(
+    index: int, sealed: BinaryIO, progress: Callable[[int], None] | None
+) -> Iterator[tuple[bytes, bytes]]:
+    number = 0
+    while chunks := sealed.read(_BATCH * (CHUNK + TAG)):
+        yield struct.pack("<IQ", index, number), chunks
+        if progress is not None:
+            progress(len(chunks))
+        number += _BATCH

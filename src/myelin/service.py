@@ -216,6 +216,8 @@ def serve(
         backend=backend,
     ) as service:
         say(f"the enclave runs, measurement {job.image.measurement.hex()}")
+        if service.cell.unpinned is not None:
+            say(f"its threads are not pinned to cores of their own: {service.cell.unpinned}")
         _gather_approvals(exchange, job, service, wait_seconds, say)
         place(exchange.endorsements, service.endorsements(now=now()).encode())
         _gather_grants(exchange, job, service, wait_seconds, say)

@@ -105,6 +105,10 @@ unsafe fn obey(host_stack: *const *const u8) -> u32 {
             4 => heap_ends(),
             5 => asm!("vpbroadcastq ymm0, [{0}]", "vmovdqu [{0}], ymm0", in(reg) BODY.add(4)),
             6 => asm!("vpbroadcastq zmm0, [{0}]", "vmovdqu64 [{0}], zmm0", in(reg) BODY.add(4)),
+            7 => {
+                FIRST_INSIDE.store(0, SeqCst); // the others find nothing to do
+                spin()
+            }
             10 => argument_of(argument, |at| ptr::write_volatile(at, 1)),
             11 => argument_of(argument, |at| _ = ptr::read_volatile(at)),
             12 => ptr::write_volatile(served as *mut u8, 1),

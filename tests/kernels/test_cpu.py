@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tvm
@@ -91,3 +92,27 @@ def test_features_are_read_from_cpuinfo(tmp_path):
 def test_module_needs_no_tvm():
     code = "import sys, myelin.cpu; assert 'tvm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_avx512_without_sha_instructions_takes_the_lower_level(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    v4 = Cpu.named("x86-64-v4")
+    skylake = frozenset(v4.features) - {"sha_ni", "vaes", "vpclmulqdq"}
+    assert set(v4.missing(skylake)) == {"sha_ni", "vaes", "vpclmulqdq"}
+    monkeypatch.setattr("myelin.cpu.machine_features", lambda: skylake)
+    assert Cpu.native().level == "x86-64-v3"
+
+
+def test_a_level_names_all_that_its_runtime_is_built_with() -> None:
+    """The cell compares these names with the processor; build.sh says what the code may use."""
+    script = (Path(__file__).parents[2] / "enclave" / "build.sh").read_text()
+    ((base,), (more,)) = (
+        re.findall(rf"{start}features=(?:\$features,)?(\S+)", script, re.MULTILINE)
+        for start in ("^", "x86-64-v4\\) ")
+    )
+    renamed = {"sha": "sha_ni"}
+    for level, flags in (("x86-64-v3", base), ("x86-64-v4", f"{base},{more}")):
+        names = {flag.removeprefix("+") for flag in flags.split(",")}
+        assert len(names) >= 4
+        assert {renamed.get(name, name) for name in names} <= set(Cpu.named(level).features)

@@ -48,8 +48,9 @@ extern "C" fn run(slot: usize) -> u32 {
     if slot == 0 {
         threads::main(mailbox::serve);
         DONE
+    } else if threads::serve() {
+        DONE
     } else {
-        threads::serve();
         IDLE
     }
 }

@@ -5,7 +5,7 @@
 //          +0x00 process: leaves by `ret` on the host's stack
 //          +0x10 KVM:     leaves by `out` on port 0x10, al = code; entered again behind it
 //          +0x20 SGX:     leaves by EEXIT to rcx, edi = code (assembled, never run yet)
-//   out: eax = code: 0 done, 1 a worker found nothing to do, 2 refused (slot unknown or busy, image moved),
+//   out: eax = code: 0 done, 1 a helping thread found nothing to do, 2 refused (slot unknown or busy, image moved),
 //        0xff the enclave is dead. Every other register is cleared, rsp is the host's; none is preserved.
 
 .section .text.entry, "ax", @progbits

@@ -25,7 +25,7 @@ struct Environment {
 const TASKS_PER_SLOT: usize = 2;
 /// Most tasks of one loop.
 const MOST_TASKS: usize = 0xffff;
-/// Pauses that a worker waits for a loop before it leaves.
+/// Pauses that a worker waits for a loop before it leaves (docs/benchmarks.md, "Helping threads").
 const PATIENCE: u32 = 20_000;
 
 /// The posted loop: generation << 32 | tasks << 16 | next task. A task is taken by a compare-and-swap of the whole
@@ -49,11 +49,12 @@ pub fn main(work: fn()) {
 }
 
 /// Takes tasks of loops until none came for a while, or none can come: the host has better use for the core then.
-pub fn serve() {
-    let mut idle = 0;
+/// True if any came.
+pub fn serve() -> bool {
+    let (mut idle, mut worked) = (0, false);
     while idle < PATIENCE && WORKING.load(Relaxed) {
         if take() {
-            idle = 0;
+            (idle, worked) = (0, true);
         } else {
             if dead() {
                 die()
@@ -62,6 +63,7 @@ pub fn serve() {
             spin_loop();
         }
     }
+    worked
 }
 
 /// Runs `f(index, chunk)` for every chunk of `out` on all threads.
