@@ -2,15 +2,19 @@
 
 import numpy as np
 import pytest
+import tvm
 from hypothesis import given
 from hypothesis import strategies as st
 
 from myelin import clipping, nn, planner, training
 from myelin.cpu import Cpu
-from myelin.kernels.conv import Conv
+from myelin.kernels import conv as direct
+from myelin.kernels import winograd
+from myelin.kernels.window import Conv
 from myelin.model import load
 from myelin.optimizer import SGD
 from myelin.plan import Outside, compile_training
+from myelin.planner import Gradient
 from myelin.training import Objective
 
 
@@ -68,6 +72,41 @@ def test_the_choice_does_not_change_the_sum(monkeypatch):
     np.testing.assert_allclose(sums["gram"], sums["stored"], atol=1e-4 * largest)
 
 
+@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
+def test_a_gram_norm_is_bounded_for_the_kernel_that_sums(monkeypatch, algorithm):
+    """Kernels and bound of a layer follow whatever is chosen, so they cannot disagree."""
+    monkeypatch.setattr(planner, "algorithm", lambda *_: algorithm)
+    net = nn.Sequential(nn.Conv2d(4, 5, 3, 1, 1, bias=False), nn.Flatten())
+    model, cpu = load(net, (4, 8, 8)), Cpu.native()
+    wanted = objective(model, stored_bytes=0, level=cpu.level)
+    module = training.training_graph(model.relax(3), wanted)
+    attributes = {
+        str(b.value.args[0].global_symbol): [int(n) for n in b.value.args[1].fields[-1].values]
+        for b in training.bindings(module["main"])
+        if training.operator(b.value) == "relax.call_dps_packed"
+    }
+    norm, total = attributes["myelin.conv-gram"], attributes["myelin.conv-gradient"]
+    assert norm == total
+    gradient = clipping.from_attributes(norm)
+    assert gradient.algorithm == algorithm
+    conv = Conv(n=3, h=8, w=8, ci=4, co=5, kh=3, kw=3, padding=(1, 1, 1, 1))
+    templates = {"direct": direct, "winograd": winograd}[algorithm]
+    kappa = direct.gram_kappa(conv, templates.gradient_error(conv))
+    assert clipping.real(attributes["myelin.clip-factors"][-1]) == pytest.approx(kappa, rel=1e-9)
+    program = compile_training(
+        model, loss="cross-entropy", optimizer=SGD(lr=1.0), batch=3, cpu=cpu, stored_bytes=0
+    )
+    for label, kernel in {
+        "conv_gram": direct.gram_norm(cpu, conv, templates.gradient_error(conv)),
+        "conv_gradient": templates.weighted_gradient(cpu, conv),
+    }.items():
+        (name,) = (name for name in program.kernels if name.endswith(label))
+        expected = kernel.with_attr("global_symbol", name)
+        tvm.ir.assert_structural_equal(program.kernels[name], expected)
+    (rows,) = (d for d in program.decisions if d.kernel.endswith("conv_gradient"))
+    assert rows.algorithm == algorithm
+
+
 def test_many_layers_add_their_norms_in_several_kernels():
     """A kernel has at most 14 arguments; a deep net has more norms than that."""
     layers = [layer for _ in range(14) for layer in (nn.Linear(3, 3), nn.LayerNorm(3))]
@@ -106,9 +145,11 @@ def test_bounds_written_as_integers_are_never_smaller(value):
     assert value <= written <= value + 2**-52
 
 
-def test_a_convolution_survives_as_attributes():
+def test_a_gradient_survives_as_attributes():
     conv = Conv(n=2, h=5, w=6, ci=3, co=4, kh=2, kw=3, stride=(2, 1), padding=(1, 0, 2, 1))
-    assert clipping.from_fields(clipping.fields(conv)) == conv
+    for algorithm in planner.CONV:
+        gradient = Gradient(conv=conv, algorithm=algorithm)
+        assert clipping.from_attributes(clipping.attributes(gradient)) == gradient
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3)])

@@ -27,21 +27,14 @@ from myelin import planner
 from myelin.cpu import Cpu, Precision
 from myelin.kernels import clipping as clip_kernels
 from myelin.kernels import conv as conv_kernels
-from myelin.kernels import linear, mixed, mixed_conv, split
+from myelin.kernels import linear, mixed, split
 from myelin.kernels import normalise as normalise_kernels
-from myelin.kernels.conv import Conv
-from myelin.planner import Method
+from myelin.kernels.window import Conv, Product
+from myelin.planner import CONV, Gradient, Method
 from myelin.training import HYPER, Layer, Objective, kernel, layers, rebuild, returned
 
 LINEAR: Mapping[Precision, Any] = {"float32": linear, "bf16": mixed, "bf16x3": split}
 """The templates of linear layers' products and norms, by the precision of products."""
-
-CONV: Mapping[Precision, Any] = {
-    "float32": conv_kernels,
-    "bf16": mixed_conv,
-    "bf16x3": conv_kernels,
-}
-"""Of convolutions: forward, backward data and stored gradients."""
 
 NORMS = 11
 """Norms that one kernel takes: 14 arguments less mask, hyper and the result."""
@@ -97,7 +90,8 @@ def methods(module: Any, objective: Objective) -> list[tuple[str, Method]]:
     if objective.clipping == "none":
         return [(layer.name, "none") for layer in found]
     convolutions = {layer.name: convolution(layer) for layer in found if _kind(layer) == "conv2d"}
-    stored = planner.store(convolutions, objective.level, objective.stored_bytes)
+    cpu, precision = Cpu.named(objective.level), objective.precision
+    stored = planner.store(convolutions, cpu, objective.stored_bytes, precision)
     kinds: dict[str, Method] = {"linear": "product", "scale": "stored"}
     return [
         (
@@ -150,6 +144,17 @@ def from_fields(numbers: Sequence[int]) -> Conv:
     n, h, w, ci, co, kh, kw, *rest = numbers
     stride, padding = (rest[0], rest[1]), (rest[2], rest[3], rest[4], rest[5])
     return Conv(n=n, h=h, w=w, ci=ci, co=co, kh=kh, kw=kw, stride=stride, padding=padding)
+
+
+def attributes(gradient: Gradient) -> list[int]:
+    """A gradient as the attributes of a kernel call; itself again by `from_attributes`."""
+    return [*fields(gradient.conv), list(CONV).index(gradient.algorithm)]
+
+
+def from_attributes(numbers: Sequence[int]) -> Gradient:
+    """The inverse of `attributes`."""
+    *geometry, number = numbers
+    return Gradient(conv=from_fields(geometry), algorithm=list(CONV)[number])
 
 
 def fixed(value: float) -> int:
@@ -223,7 +228,10 @@ def _gather(
             later[layer.bias] = lambda c: kernel("bias-gradient", [d, c], [(n,)])
         return
     conv = convolution(layer)
-    numbers = fields(conv)
+    product: Product = "stored_gradient" if how == "stored" else "weighted_gradient"
+    algorithm = planner.algorithm(cpu, conv, product, objective.precision)
+    gradient = Gradient(conv=conv, algorithm=algorithm)
+    numbers = attributes(gradient)
     if how == "stored":
         results = [(batch, conv.weights), (batch,)]
         pair = builder.emit(kernel("conv-stored", [x, d], results, numbers))
@@ -234,7 +242,7 @@ def _gather(
     if how == "gram":
         pair = builder.emit(kernel("conv-gram", [x, d], [(batch,)] * 2, numbers))
         s, t = (builder.emit(relax.TupleGetItem(pair, i)) for i in range(2))
-        norms.grams.append((s, t, conv_kernels.gram_kappa(cpu, conv)))
+        norms.grams.append((s, t, conv_kernels.gram_kappa(conv, gradient.error)))
     later[layer.weight] = lambda c: kernel("conv-gradient", [x, d, c], [(conv.weights,)], numbers)
 
 

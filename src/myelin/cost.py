@@ -8,8 +8,9 @@ checks it: predicted against measured, kernel by kernel and for whole gradients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from myelin.cpu import Cpu, Precision
@@ -17,29 +18,32 @@ from myelin.kernels.gram import gram_cost
 from myelin.kernels.linear import tile_shape
 from myelin.kernels.pool import Pool
 from myelin.kernels.window import Conv
+from myelin.kernels.winograd import largest_divisor
 
-Algorithm = Literal["direct", "winograd"]
-"""How a convolution or its gradient is computed."""
+Algorithm = Literal["direct", "winograd", "direct bf16", "winograd bf16"]
+"""How a convolution or its gradient is computed: directly or by Winograd, of which operands."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What a kernel does. `gflop` are 10⁹ operations of the direct algorithm: the same for each.
 
-    `how` names the algorithm, "" where there is but one. Multiply-adds, each of a whole vector:
+    `algorithm` names it, "" where there is but one. Multiply-adds, each of a whole vector:
     `products` of tiles in registers, `points` of Winograd's domain, `pairs` of Gram matrices,
     `dots` of two bf16 a lane. `steps` are all other vector instructions. `cold` are bytes of its
-    arguments that no cache holds, because they were written long before or will be read long after.
+    arguments that no cache holds, because they were written long before or will be read long after;
+    `scratch` are bytes that it keeps besides.
     """
 
     gflop: float
-    how: str = ""
+    algorithm: str = ""
     products: float = 0
     points: float = 0
     pairs: float = 0
     dots: float = 0
     steps: float = 0
     cold: int = 0
+    scratch: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +59,17 @@ class Rates:
     pairs: float
     dots: float
     steps: float
-    l2_gbytes: float
-    l3_gbytes: float
-    memory_gbytes: float
+    l2_gbytes: float = 130.0
+    l3_gbytes: float = 95.0
+    memory_gbytes: float = 35.0
     l2: int = 2 << 20
     l3: int = 8 << 20
     call_ms: float = 0.002
 
     def milliseconds(self, work: Work, size: int, *, threads: int = 2) -> float:
         """Multiply-adds, then the longer of other instructions and of moving `size` bytes."""
-        kinds = (field.name for field in fields(Work) if field.name in _MULTIPLY_ADDS)
-        products: float = sum(getattr(work, kind) / getattr(self, kind) for kind in kinds) / 1e6
+        counts = {kind: getattr(work, kind) for kind in _MULTIPLY_ADDS}
+        products: float = sum(n / getattr(self, kind) for kind, n in counts.items() if n) / 1e6
         slower = 2 / threads
         others = slower * work.steps / self.steps / 1e6
         return self.call_ms + slower * products + max(others, self.moving(size, work.cold))
@@ -82,19 +86,10 @@ class Rates:
 
 _MULTIPLY_ADDS = ("products", "points", "pairs", "dots")
 
-_AVX512 = Rates(
-    products=6.7,
-    points=5.4,
-    pairs=4.4,
-    dots=5.5,
-    steps=8.6,
-    l2_gbytes=130.0,
-    l3_gbytes=95.0,
-    memory_gbytes=35.0,
-)
+_AVX512 = Rates(products=6.7, points=5.4, pairs=4.4, dots=6.0, steps=8.6)
 
 RATES: Mapping[str, Rates] = {
-    "x86-64-v3": _AVX512,
+    "x86-64-v3": Rates(products=12.5, points=10.0, pairs=8.2, dots=0.0, steps=14.0),
     "x86-64-v4": _AVX512,
     "znver4": _AVX512,
     "sapphirerapids": _AVX512,
@@ -104,86 +99,101 @@ RATES: Mapping[str, Rates] = {
 
 # Convolutions. Winograd's transforms are counted in instructions a vector of channels.
 
-_INPUT, _OUTPUT, _WEIGHT, _ADJOINT = 276, 172, 150, 170
-_GRADIENT = 220
+_INPUT, _OUTPUT, _ADJOINT = 276, 172, 170
+_WEIGHT, _TURNED_WEIGHT = 250, 500
+_STORED, _WEIGHTED = 340, 190
 """A vector's 9 taps from its 36 points, written to and read from a scratch first."""
 
 
-def forward(cpu: Cpu, conv: Conv, how: Algorithm, precision: Precision = "float32") -> Work:
+def forward(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     """A convolution's outputs."""
-    gflop = product_gflop(conv)
     inputs, outputs = _vectors(cpu, conv.ci), _vectors(cpu, conv.co)
-    if how == "winograd":
-        tiles = conv.n * _tiles(conv.oh, conv.ow)
-        return Work(
-            gflop=gflop,
-            how=_how(how, precision),
-            **_points(36 * tiles * conv.ci * outputs, precision),
-            steps=tiles * (_INPUT * inputs + _OUTPUT * outputs) + _WEIGHT * conv.ci * outputs,
-        )
     pixels = conv.n * conv.pixels
-    return _direct(gflop, pixels * conv.taps * outputs, pixels * outputs, precision)
+    if algorithm in _WINOGRAD:
+        tiles = conv.n * _tiles(conv.oh, conv.ow)
+        return _transformed(cpu, conv, algorithm, tiles, conv.ci, conv.co, _WEIGHT)
+    return _direct(conv, algorithm, pixels * conv.taps * outputs, pixels * (inputs + outputs))
 
 
-def backward_data(cpu: Cpu, conv: Conv, how: Algorithm, precision: Precision = "float32") -> Work:
+def backward_data(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     """The adjoint of a convolution's inputs."""
-    gflop = product_gflop(conv)
     inputs, outputs = _vectors(cpu, conv.ci), _vectors(cpu, conv.co)
-    if how == "winograd":
+    if algorithm in _WINOGRAD:
         tiles = conv.n * _tiles(conv.h, conv.w)
-        return Work(
-            gflop=gflop,
-            how=_how(how, precision),
-            **_points(36 * tiles * conv.co * inputs, precision),
-            steps=tiles * (_INPUT * outputs + _OUTPUT * inputs) + _WEIGHT * conv.co * inputs,
-        )
+        return _transformed(cpu, conv, algorithm, tiles, conv.co, conv.ci, _TURNED_WEIGHT)
     pixels = conv.n * conv.pixels
     steps = 2 * pixels * outputs + conv.n * conv.h * conv.w * inputs + 2 * conv.weights
-    return _direct(gflop, pixels * conv.kh * conv.kw * conv.co * inputs, steps, precision)
+    return _direct(conv, algorithm, pixels * conv.kh * conv.kw * conv.co * inputs, steps)
 
 
-def gradient(cpu: Cpu, conv: Conv, how: Algorithm, precision: Precision = "float32") -> Work:
-    """All examples' gradients of a convolution, to be stored or summed."""
-    gflop = product_gflop(conv)
-    inputs, outputs = _vectors(cpu, conv.ci), _vectors(cpu, conv.co)
-    if how == "winograd":
-        tiles = conv.n * _tiles(conv.oh, conv.ow)
-        return Work(
-            gflop=gflop,
-            how=_how(how, precision),
-            **_points(36 * tiles * conv.ci * outputs, precision),
-            steps=tiles * (_INPUT * inputs + _ADJOINT * outputs)
-            + _GRADIENT * conv.n * conv.ci * outputs,
-        )
-    products = conv.n * conv.pixels * conv.taps * outputs
-    return _direct(gflop, products, 4 * conv.n * conv.taps * outputs, precision)
+def stored_gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
+    """All examples' gradients of a convolution, written for later."""
+    return _gradient(cpu, conv, algorithm, _STORED)
+
+
+def weighted_gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
+    """The weighted sum of all examples' gradients of a convolution."""
+    return _gradient(cpu, conv, algorithm, _WEIGHTED)
 
 
 def gram(cpu: Cpu, conv: Conv) -> Work:
     """Norms of a convolution's gradients from Gram matrices."""
     products = conv.n * gram_cost(conv)
-    return Work(gflop=2e-9 * products, how="gram", pairs=products / cpu.lanes)
+    return Work(gflop=2e-9 * products, algorithm="gram", pairs=products / cpu.lanes)
 
 
-def product_gflop(conv: Conv) -> float:
-    """10⁹ operations of a convolution, and of each of its gradients."""
-    return 2e-9 * conv.n * conv.pixels * conv.weights
+_WINOGRAD = ("winograd", "winograd bf16")
 
 
-def _direct(gflop: float, products: float, steps: float, precision: Precision) -> Work:
-    if precision == "bf16":
-        how = _how("direct", precision)
-        return Work(gflop=gflop, how=how, dots=products / 2, steps=steps)
-    return Work(gflop=gflop, how="direct", products=products, steps=steps)
+def _transformed(
+    cpu: Cpu, conv: Conv, algorithm: Algorithm, tiles: int, depth: int, channels: int, weight: int
+) -> Work:
+    inputs, outputs = _vectors(cpu, depth), _vectors(cpu, channels)
+    rows = largest_divisor(largest_divisor(tiles), 8)
+    return _multiplied(
+        conv,
+        algorithm,
+        36 * tiles * depth * outputs * _idle(rows * min(2, outputs)),
+        tiles * (_INPUT * inputs + _OUTPUT * outputs) + weight * depth * outputs,
+        scratch=4 * 36 * depth * channels,
+    )
 
 
-def _points(products: float, precision: Precision) -> dict[str, Any]:
-    return {"dots": products / 2} if precision == "bf16" else {"points": products}
+def _gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm, taps: int) -> Work:
+    inputs, outputs = _vectors(cpu, conv.ci), _vectors(cpu, conv.co)
+    if algorithm in _WINOGRAD:
+        each = _tiles(conv.oh, conv.ow)
+        tiles = conv.n * each
+        return _multiplied(
+            conv,
+            algorithm,
+            36 * tiles * conv.ci * outputs * _idle(min(8, conv.ci) * min(2, outputs)),
+            tiles * (_INPUT * inputs + _ADJOINT * outputs) + taps * conv.n * conv.ci * outputs,
+            scratch=4 * 36 * each * (conv.ci + conv.co) * max(8, math.isqrt(conv.n)),
+        )
+    products = conv.n * conv.pixels * conv.taps * outputs
+    return _direct(conv, algorithm, products, 4 * conv.n * conv.taps * outputs)
 
 
-def _how(how: Algorithm, precision: Precision) -> str:
-    """What people read: operands are those of float32 unless it says others."""
-    return f"{how} {precision}" if precision == "bf16" else how
+def _multiplied(
+    conv: Conv, algorithm: Algorithm, points: float, steps: float, *, scratch: int
+) -> Work:
+    """Products in the domain of points."""
+    if algorithm == "winograd bf16":
+        return _work(conv, algorithm, dots=points / 2, steps=steps, scratch=scratch // 2)
+    return _work(conv, algorithm, points=points, steps=steps, scratch=scratch)
+
+
+def _direct(conv: Conv, algorithm: Algorithm, products: float, steps: float) -> Work:
+    if algorithm == "direct bf16":
+        packing = 4 * conv.n * (conv.hp * conv.wp * conv.ci + conv.pixels * conv.co) / 16
+        return _work(conv, algorithm, dots=products / 2, steps=steps + packing)
+    return _work(conv, algorithm, products=products, steps=steps)
+
+
+def _work(conv: Conv, algorithm: Algorithm, **counts: Any) -> Work:
+    gflop = 2e-9 * conv.n * conv.pixels * conv.weights
+    return Work(gflop=gflop, algorithm=algorithm, **counts)
 
 
 def _tiles(height: int, width: int) -> int:
@@ -193,6 +203,15 @@ def _tiles(height: int, width: int) -> int:
 def _vectors(cpu: Cpu, numbers: int) -> int:
     """Vectors of a row of so many numbers, the last one partly empty."""
     return -(-numbers // cpu.lanes)
+
+
+_LEAST = 8
+"""Multiply-adds at once that hide the time of one."""
+
+
+def _idle(at_once: int) -> float:
+    """How much longer multiply-adds take of which only so many run at once."""
+    return max(at_once, _LEAST) / at_once
 
 
 # Everything else
@@ -212,17 +231,13 @@ def matrix(
     """
     tile, width = tile_shape(cpu, rows, columns)
     panels, wide = -(-columns // width), _vectors(cpu, width)
-    products = -(-rows // tile) * panels * max(tile * wide, _LEAST) * depth
+    products = -(-rows // tile) * panels * tile * wide * _idle(tile * wide) * depth
     steps = panels * depth * (4 * width if scalar else 2 * wide)
     gflop, cold = 2e-9 * rows * depth * columns, 4 * depth * columns
     if precision != "float32":
-        parts = 3 if precision == "bf16x3" else 1
-        return Work(gflop=gflop, dots=parts * products / 2, steps=parts * steps, cold=cold)
+        dots = products / 2 * (3 if precision == "bf16x3" else 1)
+        return Work(gflop=gflop, dots=dots, steps=steps, cold=cold)
     return Work(gflop=gflop, products=products, steps=steps, cold=cold)
-
-
-_LEAST = 8
-"""Multiply-adds at once that hide the time of one."""
 
 
 def elementwise(cpu: Cpu, numbers: int, instructions: int) -> Work:

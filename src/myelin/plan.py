@@ -143,7 +143,6 @@ def _plan(
         cpu=cpu,
         precision=precision,
         linear=clipping.LINEAR[precision],
-        conv=clipping.CONV[precision],
     )
     x = Value(fixed("x"), (batch, *model.input))
     labels = Value(fixed("y"), (batch,) if label_bytes == 4 else (batch, model.outputs))
@@ -220,7 +219,7 @@ def _decisions(
                 layer=found,
                 kernel=name,
                 method=methods.get(found, "none"),
-                algorithm=known.work.how,
+                algorithm=known.work.algorithm,
                 threads=known.threads,
                 gflop=known.work.gflop,
                 ms=known.ms,
@@ -279,12 +278,11 @@ class Cost:
 
 @dataclass(kw_only=True)
 class Kernels:
-    """The kernels of a program, each shape once; `linear` and `conv` are templates of products."""
+    """The kernels of a program, each shape once; `linear` holds the templates of products."""
 
     cpu: Cpu
     precision: Precision
     linear: Any
-    conv: Any
     functions: dict[str, Any] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
     _names: dict[Any, str] = field(default_factory=dict)
@@ -323,7 +321,7 @@ class Lowering:
         """Prepare for `run`; kernels go to `library`."""
         self.library = library
         self.cpu = library.cpu
-        self.linear, self.conv = library.linear, library.conv
+        self.linear = library.linear
         self.precision = library.precision
         self.function = function
         self.steps: list[tuple[str, tuple[Buffer, ...]]] = []
@@ -776,15 +774,16 @@ def _conv2d(low: Lowering, var: Any, call: Any) -> None:
     bias = low.bias(var)
     x = low.padded(low.value(call.args[0]), conv)
     w = low.value(call.args[1])
-    how = planner.convolution(low.cpu, conv, "forward", low.precision)
+    how = planner.algorithm(low.cpu, conv, "forward", low.precision)
+    templates = planner.CONV[how]
     low.product(
         var,
         (conv.n, conv.oh, conv.ow, conv.co),
         "conv",
-        ("conv", conv, bias is None),
-        lambda finish: low.conv.forward(low.cpu, conv, bias=bias is not None, finish=finish),
+        ("conv", conv, how, bias is None),
+        lambda finish: templates.forward(low.cpu, conv, bias=bias is not None, finish=finish),
         [x, w] if bias is None else [x, w, bias],
-        work=cost.forward(low.cpu, conv, *how),
+        work=cost.forward(low.cpu, conv, how),
     )
 
 
@@ -792,15 +791,16 @@ def _conv2d_transpose(low: Lowering, var: Any, call: Any) -> None:
     # The derivative of a convolution with respect to its input; var has the input's shape.
     conv = _conv_of(_dims(var), _dims(call.args[1]), call.attrs)
     d, w = low.value(call.args[0]), low.value(call.args[1])
-    how = planner.convolution(low.cpu, conv, "backward_data", low.precision)
+    how = planner.algorithm(low.cpu, conv, "backward_data", low.precision)
+    templates = planner.CONV[how]
     low.product(
         var,
         (conv.n, conv.h, conv.w, conv.ci),
         "conv_backward",
-        ("conv_backward", conv),
-        lambda finish: low.conv.backward_data(low.cpu, conv, finish=finish),
+        ("conv_backward", conv, how),
+        lambda finish: templates.backward_data(low.cpu, conv, finish=finish),
         [d, w],
-        work=cost.backward_data(low.cpu, conv, *how),
+        work=cost.backward_data(low.cpu, conv, how),
     )
 
 
@@ -1019,30 +1019,31 @@ def _bias_gradient(low: Lowering, var: Any, call: Any) -> None:
 
 
 def _conv_stored(low: Lowering, var: Any, call: Any) -> None:
-    conv = clipping.from_fields(_attributes(call))
+    gradient = clipping.from_attributes(_attributes(call))
+    conv = gradient.conv
     x, d = (low.value(v) for v in _operands(call))
-    how = planner.convolution(low.cpu, conv, "stored_gradient", low.precision)
     outs = _pair(low, (conv.n, conv.weights), (conv.n,))
-    build = lambda: low.conv.stored_gradient(low.cpu, conv)  # noqa: E731
+    build = lambda: gradient.templates.stored_gradient(low.cpu, conv)  # noqa: E731
     low.emit(
         "conv_stored",
-        ("conv_stored", conv),
+        ("conv_stored", gradient),
         build,
         [low.padded(x, conv), d],
         outs,
-        work=cost.gradient(low.cpu, conv, *how),
+        work=cost.stored_gradient(low.cpu, conv, gradient.algorithm),
     )
     low.values[var] = outs
 
 
 def _conv_gram(low: Lowering, var: Any, call: Any) -> None:
-    conv = clipping.from_fields(_attributes(call))
+    gradient = clipping.from_attributes(_attributes(call))
+    conv = gradient.conv
     x, d = (low.value(v) for v in _operands(call))
     outs = _pair(low, (conv.n,), (conv.n,))
-    build = lambda: conv_kernels.gram_norm(low.cpu, conv)  # noqa: E731
+    build = lambda: conv_kernels.gram_norm(low.cpu, conv, gradient.error)  # noqa: E731
     low.emit(
         "conv_gram",
-        ("conv_gram", conv),
+        ("conv_gram", gradient),
         build,
         [low.padded(x, conv), d],
         outs,
@@ -1052,17 +1053,18 @@ def _conv_gram(low: Lowering, var: Any, call: Any) -> None:
 
 
 def _conv_gradient(low: Lowering, var: Any, call: Any) -> None:
-    conv = clipping.from_fields(_attributes(call))
+    gradient = clipping.from_attributes(_attributes(call))
+    conv = gradient.conv
     x, d, c = (low.value(v) for v in _operands(call))
     out = low.new(var, (conv.weights,))
-    build = lambda: conv_kernels.weighted_gradient(low.cpu, conv)  # noqa: E731
+    build = lambda: gradient.templates.weighted_gradient(low.cpu, conv)  # noqa: E731
     low.emit(
         "conv_gradient",
-        ("conv_gradient", conv),
+        ("conv_gradient", gradient),
         build,
         [low.padded(x, conv), d, c],
         [out],
-        work=cost.gradient(low.cpu, conv, planner.gradient(low.cpu, conv)),
+        work=cost.weighted_gradient(low.cpu, conv, gradient.algorithm),
     )
     low.values[var] = out
 

@@ -1,21 +1,25 @@
 """What a layer's norm and a kernel call cost, and what is chosen for it.
 
-Times are those of `myelin.cost`. A convolution's per-example gradients are stored where that is
-faster than Gram matrices, the best saving a byte first, until the memory budget of the whole graph
-is spent. `Decision` says what was chosen and what it should take.
+Times are those of `myelin.cost`. Each product of a convolution is computed by the fastest algorithm
+that can (`algorithm`), of those whose operands the precision allows. A convolution's per-example
+gradients are stored where that is faster than Gram matrices, the best saving a byte first, until
+the memory budget of the whole graph is spent (`store`). `Decision` says what was chosen for a
+kernel call, and what it should take.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 from myelin import cost
 from myelin.cost import RATES, Algorithm
 from myelin.cpu import Cpu, Precision
+from myelin.kernels import conv as direct
 from myelin.kernels import mixed_conv, winograd
-from myelin.kernels.window import Conv
+from myelin.kernels.window import Conv, Product
 
 Method = Literal["product", "stored", "gram", "none"]
 
@@ -43,32 +47,51 @@ class Decision:
     bytes: int
 
 
-def product(cpu: Cpu, conv: Conv) -> Algorithm:
-    """How a convolution's outputs and the adjoints of its inputs are computed."""
-    return "winograd" if winograd.suits(cpu, conv) else "direct"
+CONV: Mapping[Algorithm, Any] = {
+    "direct": direct,
+    "winograd": winograd,
+    "direct bf16": mixed_conv,
+    "winograd bf16": mixed_conv.Winograd,
+}
+"""The templates of each algorithm."""
+
+SCRATCH_BYTES = 256 << 20
+"""What a kernel may keep besides its arguments: images of any size would else take any memory."""
 
 
-def gradient(cpu: Cpu, conv: Conv) -> Algorithm:
-    """How the gradients of its weight are computed."""
-    return "winograd" if winograd.suits_gradient(cpu, conv) else "direct"
+@cache
+def algorithm(cpu: Cpu, conv: Conv, product: Product, precision: Precision) -> Algorithm:
+    """The fastest for a product of this convolution, of those that can compute it."""
+    return min(_candidates(cpu, conv, product, precision), key=lambda found: found[1])[0]
 
 
-def convolution(
-    cpu: Cpu, conv: Conv, which: mixed_conv.Product, precision: Precision
-) -> tuple[Algorithm, Precision]:
-    """How a product of a convolution is computed, and with operands of which precision."""
-    if precision == "bf16":
-        chosen = mixed_conv.choose(cpu, conv, which)
-        if chosen != "float32":
-            return chosen, "bf16"
-    how = gradient(cpu, conv) if which == "stored_gradient" else product(cpu, conv)
-    return how, "float32"
+@dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """A convolution's weight gradient and how it is computed.
+
+    All of a layer's kernels and bounds are made from this one object: what is bounded is what is
+    added.
+    """
+
+    conv: Conv
+    algorithm: Algorithm
+
+    @property
+    def templates(self) -> Any:
+        """The algorithm's templates."""
+        return CONV[self.algorithm]
+
+    @property
+    def error(self) -> float:
+        """How far a summed gradient is from the exact one, for its Gram norm."""
+        return float(self.templates.gradient_error(self.conv))
 
 
-def store(convolutions: Mapping[str, Conv], level: str, budget: int) -> set[str]:
+def store(
+    convolutions: Mapping[str, Conv], cpu: Cpu, budget: int, precision: Precision = "float32"
+) -> set[str]:
     """The names of those whose per-example gradients are stored, in `budget` bytes altogether."""
-    cpu = Cpu.named(level)
-    savings = {name: _saving(cpu, conv) for name, conv in convolutions.items()}
+    savings = {name: _saving(cpu, conv, precision) for name, conv in convolutions.items()}
     by_worth = sorted(
         (name for name, saved in savings.items() if saved > 0),
         key=lambda name: (-savings[name] / _stored_bytes(convolutions[name]), name),
@@ -82,14 +105,35 @@ def store(convolutions: Mapping[str, Conv], level: str, budget: int) -> set[str]
     return stored
 
 
-def _saving(cpu: Cpu, conv: Conv) -> float:
+def _candidates(
+    cpu: Cpu, conv: Conv, product: Product, precision: Precision
+) -> list[tuple[Algorithm, float]]:
+    """(algorithm, its milliseconds) of all that can compute a product, the plainest first."""
+    size = 4 * conv.n * (conv.hp * conv.wp * conv.ci + conv.pixels * conv.co)
+    size += _stored_bytes(conv) if product == "stored_gradient" else 4 * conv.weights
+    found: list[tuple[Algorithm, float]] = []
+    for name, templates in CONV.items():
+        if name in _FLOAT32 or precision == "bf16":
+            work = getattr(cost, product)(cpu, conv, name)
+            if templates.can(conv, product) and work.scratch <= SCRATCH_BYTES:
+                found.append((name, RATES[cpu.level].milliseconds(work, size)))
+    return found
+
+
+_FLOAT32 = ("direct", "winograd")
+
+
+def _saving(cpu: Cpu, conv: Conv, precision: Precision) -> float:
     """Milliseconds that storing saves against Gram matrices and a weighted product."""
     rates = RATES[cpu.level]
-    size = _stored_bytes(conv)
     activations = 4 * conv.n * (conv.hp * conv.wp * conv.ci + conv.pixels * conv.co)
-    once = rates.milliseconds(cost.gradient(cpu, conv, gradient(cpu, conv)), activations)
-    stored = once + rates.moving(size) + rates.moving(size, cold=size)  # written, later read
-    return rates.milliseconds(cost.gram(cpu, conv), activations) + once - stored
+    stored, weighted = (
+        min(ms for _, ms in _candidates(cpu, conv, product, precision))
+        for product in ("stored_gradient", "weighted_gradient")
+    )
+    size = _stored_bytes(conv)
+    gram = rates.milliseconds(cost.gram(cpu, conv), activations)
+    return gram + weighted - stored - rates.moving(size, cold=size)  # stored, then read again
 
 
 def _stored_bytes(conv: Conv) -> int:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from myelin.kernels import conv as kernels
+from myelin.kernels import winograd
 from myelin.kernels.conv import Conv
 from myelin.kernels.object import ALLOWED, build, undefined, workspace_bytes
 
@@ -115,10 +116,11 @@ def check_stored_gradient(conv, cpu, call):
 
 def check_gram_norm(conv, cpu, call):
     xp, _, _, d = arrays(conv)
-    _, s, t = call(kernels.gram_norm(cpu, conv), xp, d, outputs=3)
+    own = kernels.gradient_error(conv)
+    _, s, t = call(kernels.gram_norm(cpu, conv, own), xp, d, outputs=3)
     squared = (gradients(conv, xp, d) ** 2).sum(1)
     assert np.allclose(t, reach(conv, xp, d) ** 2, rtol=1e-5)
-    error = kernels.gram_kappa(cpu, conv) * t
+    error = kernels.gram_kappa(conv, own) * t
     assert np.all(squared <= s + error)
     assert np.all(s <= 1.01 * squared + error)
 
@@ -223,7 +225,8 @@ def test_an_example_with_factor_zero_adds_nothing(poison, cpu, call):
 def test_norms_show_what_is_not_finite_and_only_there(name, cpu, call):
     conv = SHAPES[name]
     xp, _, _, d = arrays(conv)
-    stored, gram = kernels.stored_gradient(cpu, conv), kernels.gram_norm(cpu, conv)
+    stored = kernels.stored_gradient(cpu, conv)
+    gram = kernels.gram_norm(cpu, conv, kernels.gradient_error(conv))
     clean = results(call, stored, xp, d)[0], call(gram, xp, d, outputs=3)[1]
     xp[1, 4, 4, 0] = np.nan
     spoiled = results(call, stored, xp, d)[0], call(gram, xp, d, outputs=3)[1]
@@ -245,17 +248,18 @@ def cancelling(conv, seed):
     return np.ascontiguousarray(xp), d.astype("f")
 
 
-def own_gradients(conv, cpu, call, xp, d):
+def own_gradients(templates, conv, cpu, call, xp, d):
     """What each example really adds in `weighted_gradient`."""
-    kernel = kernels.weighted_gradient(cpu, conv)
+    kernel = templates.weighted_gradient(cpu, conv)
     each = np.eye(conv.n, dtype="f")
     return np.array([results(call, kernel, xp, d, c)[0] for c in each], "d")
 
 
-def assert_bounded(conv, cpu, call, xp, d):
-    _, s, t = call(kernels.gram_norm(cpu, conv), xp, d, outputs=3)
-    bound = s.astype("d") + kernels.gram_kappa(cpu, conv) * t.astype("d")
-    real = (own_gradients(conv, cpu, call, xp, d) ** 2).sum(1)
+def assert_bounded(templates, conv, cpu, call, xp, d):
+    error = templates.gradient_error(conv)
+    _, s, t = call(kernels.gram_norm(cpu, conv, error), xp, d, outputs=3)
+    bound = s.astype("d") + kernels.gram_kappa(conv, error) * t.astype("d")
+    real = (own_gradients(templates, conv, cpu, call, xp, d) ** 2).sum(1)
     exact = (gradients(conv, xp, d) ** 2).sum(1)
     assert np.all(real <= bound)
     assert np.all(exact <= bound)
@@ -263,18 +267,18 @@ def assert_bounded(conv, cpu, call, xp, d):
 
 
 @pytest.mark.parametrize(
-    "conv",
+    ("templates", "conv"),
     [
-        Conv(n=2, h=8, w=8, ci=16, co=24, kh=3, kw=2),
-        Conv(n=2, h=9, w=9, ci=6, co=5, kh=2, kw=2, stride=(2, 2)),
-        Conv(n=2, h=8, w=8, ci=16, co=24, kh=3, kw=3),
+        (kernels, Conv(n=2, h=8, w=8, ci=16, co=24, kh=3, kw=2)),
+        (kernels, Conv(n=2, h=9, w=9, ci=6, co=5, kh=2, kw=2, stride=(2, 2))),
+        (winograd, Conv(n=2, h=8, w=8, ci=16, co=24, kh=3, kw=3)),
     ],
     ids=["shifted", "unfolded", "winograd"],
 )
-def test_the_gram_bound_holds_where_pixels_cancel(conv, cpu, call):
+def test_the_gram_bound_holds_where_pixels_cancel(templates, conv, cpu, call):
     below = 0
     for seed in range(2):
-        s, exact = assert_bounded(conv, cpu, call, *cancelling(conv, seed))
+        s, exact = assert_bounded(templates, conv, cpu, call, *cancelling(conv, seed))
         below += (s < exact).sum()
     assert below > 0  # without κ the norm would have been too small
 
@@ -292,11 +296,11 @@ def flushing():
 
 @pytest.mark.usefixtures("flushing")
 @pytest.mark.parametrize("scale", [1e-20, 1e-22, 1e-30])
-@pytest.mark.parametrize("channels", [4, 16], ids=["direct", "winograd"])
-def test_the_gram_bound_holds_where_products_are_flushed(scale, channels, cpu, call):
-    conv = Conv(n=2, h=8, w=8, ci=channels, co=channels, kh=3, kw=3)
+@pytest.mark.parametrize("templates", [kernels, winograd], ids=["direct", "winograd"])
+def test_the_gram_bound_holds_where_products_are_flushed(scale, templates, cpu, call):
+    conv = Conv(n=2, h=8, w=8, ci=16, co=16, kh=3, kw=3)
     xp, _, _, d = arrays(conv)
-    assert_bounded(conv, cpu, call, xp * np.float32(scale), d * np.float32(1e18))
+    assert_bounded(templates, conv, cpu, call, xp * np.float32(scale), d * np.float32(1e18))
 
 
 @pytest.mark.usefixtures("flushing")
@@ -312,13 +316,14 @@ def test_bits_do_not_depend_on_threads(cpu, call):
     xp, w, b, d = arrays(conv)
     c = np.linspace(0, 1, conv.n, dtype="f")
     configure = tvm.get_global_func("runtime.config_threadpool")
+    gram = kernels.gram_norm(cpu, conv, kernels.gradient_error(conv))
 
     def everything():
         return [
             *results(call, kernels.forward(cpu, conv, bias=True), xp, w, b),
             *results(call, kernels.backward_data(cpu, conv), d, w),
             *results(call, kernels.stored_gradient(cpu, conv), xp, d, count=2),
-            *call(kernels.gram_norm(cpu, conv), xp, d, outputs=3)[1:],
+            *call(gram, xp, d, outputs=3)[1:],
             *results(call, kernels.weighted_gradient(cpu, conv), xp, d, c),
         ]
 
@@ -335,15 +340,8 @@ def test_chains_of_additions_over_examples_are_short(cpu):
     conv = Conv(n=256, h=8, w=8, ci=256, co=256, kh=3, kw=3, padding=(1, 1, 1, 1))
     assert kernels.weighted_gradient_additions(conv) == 16 + 16 + 1
     assert kernels.stored_norm_inflation(conv) < 2e-6
-    assert kernels.gram_kappa(cpu, conv) < 8e-5
-
-
-def test_small_images_with_large_weights_take_gram_norms():
-    assert kernels.choose(SHAPES["mnist-1"]) == "stored"
-    assert kernels.choose(SHAPES["mnist-2"]) == "stored"
-    square = {"n": 64, "kh": 3, "kw": 3, "padding": (1, 1, 1, 1)}
-    assert kernels.choose(Conv(h=32, w=32, ci=64, co=64, **square)) == "stored"
-    assert kernels.choose(Conv(h=8, w=8, ci=256, co=256, **square)) == "gram"
+    assert kernels.gram_kappa(conv, kernels.gradient_error(conv)) < 8e-5
+    assert kernels.gram_kappa(conv, winograd.gradient_error(conv)) < 8e-5
 
 
 @pytest.mark.parametrize(
@@ -368,7 +366,7 @@ def test_the_object_needs_nothing_that_the_runtime_lacks(cpu):
         "backward_data": kernels.backward_data(cpu, conv),
         "stored_gradient": kernels.stored_gradient(cpu, conv),
         "stored_bias": kernels.stored_bias(cpu, conv.n, conv.pixels, conv.co),
-        "gram_norm": kernels.gram_norm(cpu, conv),
+        "gram_norm": kernels.gram_norm(cpu, conv, kernels.gradient_error(conv)),
         "weighted_gradient": kernels.weighted_gradient(cpu, conv),
     }
     assert undefined(build(templates, cpu)) <= ALLOWED

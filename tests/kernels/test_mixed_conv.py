@@ -31,16 +31,6 @@ LARGEST = 2.0**-6.9
 """The error of a product of two rounded numbers: twice that of one, 2⁻⁸, and what is left over."""
 
 
-def able(conv, product):
-    """Whether it can be computed directly: pairs need even numbers of channels."""
-    return {
-        "forward": all(s % 2 == 0 for s in (conv.wp * conv.ci, conv.kw * conv.ci))
-        and conv.stride[1] * conv.ci % 2 == 0,
-        "backward_data": conv.co % 2 == 0,
-        "stored_gradient": True,
-    }[product]
-
-
 def assert_near(value, expected, scale):
     """Sums in float32: `scale` is that of absolute values."""
     assert np.all(np.abs(value.reshape(expected.shape) - expected) <= 3e-6 * scale + 1e-30)
@@ -58,19 +48,19 @@ def check(conv, cpu, call):
     y, dx = direct.output_and_input_gradient(conv, *near)
     true_y, true_dx = direct.output_and_input_gradient(conv, xp, w, d)
     y_scale, dx_scale = sizes(conv, xp, w, b, d)
-    if able(conv, "forward"):
-        kernel = kernels.forward(cpu, conv, bias=True, algorithm="direct")
+    if kernels.can(conv, "forward"):
+        kernel = kernels.forward(cpu, conv, bias=True)
         (value,) = direct.results(call, kernel, xp, w, b)
         assert_near(value, y + b, y_scale)
         assert np.all(np.abs(value - true_y - b) <= LARGEST * y_scale)
-        kernel = kernels.forward(cpu, conv, bias=False, algorithm="direct")
+        kernel = kernels.forward(cpu, conv, bias=False)
         assert_near(direct.results(call, kernel, xp, w)[0], y, y_scale)
-    if able(conv, "backward_data"):
-        kernel = kernels.backward_data(cpu, conv, algorithm="direct")
+    if kernels.can(conv, "backward_data"):
+        kernel = kernels.backward_data(cpu, conv)
         (value,) = direct.results(call, kernel, d, w)
         assert_near(value, dx, dx_scale)
         assert np.all(np.abs(value - true_dx) <= LARGEST * dx_scale)
-    kernel = kernels.stored_gradient(cpu, conv, algorithm="direct")
+    kernel = kernels.stored_gradient(cpu, conv)
     g, s = direct.results(call, kernel, xp, d, count=2)
     scale = direct.gradients(conv, np.abs(xp), np.abs(d))
     assert_near(g, direct.gradients(conv, near[0], near[2]), scale)
@@ -110,16 +100,17 @@ def test_operands_are_rounded(cpu, call):
     assert np.abs(value - y).max() > 1e-4 * np.abs(y).max()
 
 
-def templates(conv, cpu, algorithm=None):
+def templates(conv, cpu, algorithm):
     return [
-        kernels.forward(cpu, conv, bias=True, algorithm=algorithm),
-        kernels.backward_data(cpu, conv, algorithm=algorithm),
-        kernels.stored_gradient(cpu, conv, algorithm=algorithm),
+        algorithm.forward(cpu, conv, bias=True),
+        algorithm.backward_data(cpu, conv),
+        algorithm.stored_gradient(cpu, conv),
     ]
 
 
 def algorithms(test):
-    return pytest.mark.parametrize("algorithm", ["direct", "winograd"])(test)
+    both = {"direct": kernels, "winograd": kernels.Winograd}
+    return pytest.mark.parametrize("algorithm", both.values(), ids=both)(test)
 
 
 @algorithms
@@ -218,7 +209,7 @@ def assert_rounded(value, expected, true):
 
 
 def assert_like(value, true):
-    """The tolerance of bfloat16 by Winograd: see `mixed_conv.choose`."""
+    """The tolerance of bfloat16 by Winograd: see `mixed_conv.Winograd`."""
     error = value.reshape(true.shape) - true
     assert np.sqrt((error**2).mean()) <= 0.02 * np.sqrt((true**2).mean())
     assert np.abs(error).max() <= 0.04 * np.abs(true).max()
@@ -227,7 +218,7 @@ def assert_like(value, true):
 @of_whole_vectors
 def test_winograd_products_are_those_of_rounded_operands(conv, cpu, call):
     xp, w, b, d = direct.arrays(conv)
-    forward, backward, stored = templates(conv, cpu, "winograd")
+    forward, backward, stored = templates(conv, cpu, kernels.Winograd)
     true_y, true_dx = direct.output_and_input_gradient(conv, xp, w, d)
     expected_y, expected_g = by_points(conv, xp, w, d)
     assert_rounded(direct.results(call, forward, xp, w, b)[0] - b, expected_y, true_y)
@@ -235,31 +226,6 @@ def test_winograd_products_are_those_of_rounded_operands(conv, cpu, call):
     g, s = direct.results(call, stored, xp, d, count=2)
     assert_rounded(g, expected_g, direct.gradients(conv, xp, d))
     assert_bounded(conv, g, s)
-
-
-def test_each_product_is_computed_as_is_fastest(cpu):
-    large = Conv(n=64, h=32, w=32, ci=64, co=64, **SQUARE)
-    vectors = Conv(n=64, h=32, w=32, ci=60, co=60, **SQUARE)
-    strided = Conv(n=64, h=32, w=32, ci=64, co=64, stride=(2, 2), **SQUARE)
-    small = Conv(n=64, h=8, w=8, ci=256, co=256, **SQUARE)
-    colours = Conv(n=64, h=32, w=32, ci=3, co=64, **SQUARE)
-    found = {
-        name: [kernels.choose(cpu, conv, product) for product in PRODUCTS]
-        for name, conv in {
-            "large": large,
-            "vectors": vectors,
-            "strided": strided,
-            "small": small,
-            "colours": colours,
-        }.items()
-    }
-    assert found == {
-        "large": ["winograd"] * 3,
-        "vectors": ["float32"] * 3,
-        "strided": ["direct"] * 3,
-        "small": ["winograd", "winograd", "direct"],
-        "colours": ["float32", "direct", "direct"],
-    }
 
 
 @algorithms

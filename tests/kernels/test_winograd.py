@@ -1,3 +1,6 @@
+import itertools
+from typing import get_args
+
 import numpy as np
 import pytest
 import test_conv as direct
@@ -10,6 +13,7 @@ from myelin.kernels import winograd
 from myelin.kernels.conv import Conv
 from myelin.kernels.object import ALLOWED, build, undefined, workspace_bytes
 from myelin.kernels.tir import gamma
+from myelin.kernels.window import Product
 
 SQUARE = {"kh": 3, "kw": 3, "padding": (1, 1, 1, 1)}
 SHAPES = {
@@ -27,12 +31,8 @@ def outputs(conv, cpu, call):
         *direct.results(call, winograd.forward(cpu, conv, bias=True), xp, w, b),
         *direct.results(call, winograd.backward_data(cpu, conv), d, w),
         *direct.results(call, winograd.stored_gradient(cpu, conv), xp, d, count=2),
-        *direct.results(call, weighted(cpu, conv), xp, d, factors(conv)),
+        *direct.results(call, winograd.weighted_gradient(cpu, conv), xp, d, factors(conv)),
     ]
-
-
-def weighted(cpu, conv):
-    return winograd.weighted_gradient(cpu, conv, run=max(1, conv.n // 2))
 
 
 def factors(conv):
@@ -125,10 +125,10 @@ def test_a_sum_takes_nothing_that_is_not_finite(poison, cpu, call):
     xp, _, _, d = direct.arrays(conv)
     c = np.array([0.5, 1, 0.25], "f")
     without = np.array([0.5, 0, 0.25], "f")
-    clean = direct.results(call, weighted(cpu, conv), xp, d, without)[0]
+    clean = direct.results(call, winograd.weighted_gradient(cpu, conv), xp, d, without)[0]
     xp[1] = poison
     d[1] *= np.float32(1e-20)
-    spoiled = direct.results(call, weighted(cpu, conv), xp, d, c)[0]
+    spoiled = direct.results(call, winograd.weighted_gradient(cpu, conv), xp, d, c)[0]
     assert np.isfinite(spoiled).all()
     if not np.isfinite(poison):
         assert spoiled.tobytes() == clean.tobytes()
@@ -168,21 +168,15 @@ def test_gradients_are_as_exact_as_is_said(seed, cpu, call):
         assert np.all(error <= winograd.gradient_error(conv) * direct.reach(conv, xp, d))
 
 
-def test_it_is_taken_where_it_is_faster(cpu):
-    large = Conv(n=64, h=32, w=32, ci=64, co=64, **SQUARE)
-    small = Conv(n=64, h=4, w=4, ci=64, co=64, **SQUARE)
-    assert winograd.suits(cpu, large)
-    assert winograd.suits_gradient(cpu, large)
-    assert winograd.suits(cpu, small)
-    assert not winograd.suits_gradient(cpu, small)
+def test_it_can_compute_what_has_nine_taps_at_stride_one():
+    for conv, product in itertools.product(SHAPES.values(), get_args(Product)):
+        assert winograd.can(conv, product)
     for other in (
-        Conv(n=64, h=32, w=32, ci=3, co=64, **SQUARE),
         Conv(n=64, h=32, w=32, ci=64, co=64, stride=(2, 2), **SQUARE),
         Conv(n=64, h=32, w=32, ci=64, co=64, kh=5, kw=3),
-        Conv(n=64, h=5, w=5, ci=64, co=64, **SQUARE),
+        Conv(n=64, h=32, w=32, ci=64, co=64, kh=3, kw=3, padding=(3, 0, 0, 0)),
     ):
-        assert not winograd.suits(cpu, other)
-    assert len(kernels.forward(cpu, large, bias=False).params) == 6
+        assert not winograd.can(other, "forward")
 
 
 def test_the_object_needs_nothing_that_the_runtime_lacks(cpu):
@@ -191,7 +185,7 @@ def test_the_object_needs_nothing_that_the_runtime_lacks(cpu):
         "forward": winograd.forward(cpu, conv, bias=True),
         "backward_data": winograd.backward_data(cpu, conv),
         "stored_gradient": winograd.stored_gradient(cpu, conv),
-        "weighted_gradient": weighted(cpu, conv),
+        "weighted_gradient": winograd.weighted_gradient(cpu, conv),
     }
     assert undefined(build(templates, cpu)) <= ALLOWED
     assert workspace_bytes(templates, cpu) == 0

@@ -12,18 +12,19 @@ How a plan uses these templates (all arguments float32, outputs last):
     backward_data(cpu, conv)         d[n,oh,ow,co], w, others, scratch → dx[n,h,w,ci]
     stored_gradient(cpu, conv)       xp, d, scratch → g[n,kh*kw*ci*co], s[n]
     stored_bias(cpu, n, pixels, co)  d[n,pixels,co] → g[n,co], s[n]
-    gram_norm(cpu, conv)             xp, d, scratch → s[n], t[n]
+    gram_norm(cpu, conv, error)      xp, d, scratch → s[n], t[n]
     weighted_gradient(cpu, conv)     xp, d, c[n], scratch → g[kh,kw,ci,co]
 
-`choose(conv)` says which way a layer's clipped gradient is best taken. Layers of 3 × 3 at stride 1
-go to `myelin.kernels.winograd` where that is faster, in all but `gram_norm`.
+`myelin.kernels.winograd` and `myelin.kernels.mixed_conv` have the same templates by other
+algorithms; `myelin.planner` chooses.
 
 Bounds, u = 2⁻²⁴ and γ_k = k·u / (1 − k·u) (Higham, Accuracy and Stability, §3.1). g_i is the
 gradient that example i really adds, as computed in float32:
 
 - stored: ‖g_i‖² ≤ s_i · (1 + stored_norm_inflation(conv)).
-- gram:   ‖g_i‖² ≤ s_i + gram_kappa(cpu, conv) · t_i, where t = ‖X‖²·‖D‖² over output pixels, X
-  their unfolded patches. s_i may come out negative.
+- gram:   ‖g_i‖² ≤ s_i + gram_kappa(conv, error) · t_i, where t = ‖X‖²·‖D‖² over output pixels, X
+  their unfolded patches, and `error` the `gradient_error` of the module whose `weighted_gradient`
+  sums. s_i may come out negative.
 
 All kernels give the same bits for any number of threads: loops run in parallel only over counts
 that the shape fixes.
@@ -35,14 +36,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
-from myelin.kernels import winograd
 from myelin.kernels.epilogue import PLAIN, Epilogue
-from myelin.kernels.gram import gram_cost, gram_kappa, gram_norm
+from myelin.kernels.gram import gram_kappa, gram_norm
 from myelin.kernels.tiles import (
     MOST_SQUARES,
     Segment,
@@ -50,17 +50,19 @@ from myelin.kernels.tiles import (
     Tile,
     channel_groups,
     grid,
+    run_length,
     segments,
     steps,
 )
 from myelin.kernels.tir import Kernel, gamma, load, select, serial, splat, store, vectors
-from myelin.kernels.window import Conv
+from myelin.kernels.window import Conv, Product
 
 __all__ = [
     "Conv",
     "backward_data",
-    "choose",
+    "can",
     "forward",
+    "gradient_error",
     "gram_kappa",
     "gram_norm",
     "pad",
@@ -72,17 +74,10 @@ __all__ = [
 ]
 
 
-def choose(conv: Conv) -> Literal["stored", "gram"]:
-    """How the clipped gradient of this layer is taken: the one seam where that is decided.
-
-    "stored": `stored_gradient`, then `clipping.weighted_sum`; memory for n · weights floats.
-    "gram": `gram_norm`, then `weighted_gradient`.
-
-    Costs are multiplications an example beyond one product of activations and adjoints; writing a
-    stored number and reading it back takes as long as 24 of them (measured, AVX-512).
-    """
-    stored = 24 * conv.weights
-    return "stored" if stored <= gram_cost(conv) else "gram"
+def can(conv: Conv, kind: Product) -> bool:
+    """Whether a product can be computed so: any can."""
+    del conv, kind
+    return True
 
 
 def stored_norm_inflation(conv: Conv) -> float:
@@ -97,12 +92,13 @@ def stored_norm_inflation(conv: Conv) -> float:
 
 def weighted_gradient_additions(conv: Conv) -> int:
     """Longest chain of float32 operations on a sum over the examples in `weighted_gradient`."""
-    return _run(conv) + -(-conv.n // _run(conv)) + 1
+    run = run_length(conv.n)
+    return run + -(-conv.n // run) + 1
 
 
-def _run(conv: Conv) -> int:
-    """Examples summed before their sum goes into the total: two short chains, not one long."""
-    return math.isqrt(conv.n)
+def gradient_error(conv: Conv) -> float:
+    """Bound of ‖ĝ − g‖ / (‖X‖·‖D‖): ĝ a gradient found here, X the patches and D the adjoints."""
+    return gamma(conv.pixels + 1)
 
 
 # Kernels
@@ -123,8 +119,6 @@ def pad(cpu: Cpu, conv: Conv) -> Any:
 
 def forward(cpu: Cpu, conv: Conv, *, bias: bool, finish: Epilogue = PLAIN) -> Any:
     """xp[n,hp,wp,ci], w[kh,kw,ci,co], (b[co]), others, scratch → y[n,oh,ow,co], finished."""
-    if winograd.suits(cpu, conv):
-        return winograd.forward(cpu, conv, bias=bias, finish=finish)
     sh, sw = conv.stride
     shapes = {"xp": _padded(conv), "w": _weight(conv), **({"b": (conv.co,)} if bias else {})}
     with Kernel(**shapes, **finish.parameters(_output(conv)), y=_output(conv)) as kernel:
@@ -155,8 +149,6 @@ def backward_data(cpu: Cpu, conv: Conv, *, finish: Epilogue = PLAIN) -> Any:
     each such phase, dx is a dense convolution of d within a zero border. Scratch holds that
     bordered d, then the weights turned around and with their channels swapped, [kh,kw,co,ci].
     """
-    if winograd.suits(cpu, conv):
-        return winograd.backward_data(cpu, conv, finish=finish)
     rows, columns = axes(conv)
     bordered = conv.n * rows.length * columns.length * conv.co
 
@@ -212,8 +204,6 @@ def stored_gradient(cpu: Cpu, conv: Conv) -> Any:
 
     g_i is the gradient of example i, laid out as the weight; s_i = ‖g_i‖² of these very numbers.
     """
-    if winograd.suits_gradient(cpu, conv):
-        return winograd.stored_gradient(cpu, conv)
     results = {"g": (conv.n, conv.weights), "s": (conv.n,)}
     with Kernel(xp=_padded(conv), d=_output(conv), **results) as kernel:
         xp, d, g, s = kernel.buffers
@@ -261,8 +251,6 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
     sum over examples is relative to clipped gradients. Where c_i is 0 nothing is added, whatever
     the example holds. Scratch, laid out as g, holds the sum of a run of examples.
     """
-    if winograd.suits_gradient(cpu, conv):
-        return winograd.weighted_gradient(cpu, conv, run=_run(conv))
     shapes = {"c": (conv.n,), "scratch": (conv.weights,), "g": (conv.weights,)}
     with Kernel(xp=_padded(conv), d=_output(conv), **shapes) as kernel:
         xp, d, c, scratch, g = kernel.buffers
@@ -270,7 +258,7 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
             own = (kh, co, widths, kws, cis)
             for at, lanes in _weight_vectors(conv, *own):
                 store(g, splat(0.0, lanes), at)
-            for runs in segments(conv.n, _run(conv)):
+            for runs in segments(conv.n, run_length(conv.n)):
                 with serial(runs.count) as run:
                     for at, lanes in _weight_vectors(conv, *own):
                         store(scratch, splat(0.0, lanes), at)

@@ -18,7 +18,6 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
-from myelin.kernels import winograd
 from myelin.kernels.tiles import Tile, grid, segments, steps, widen
 from myelin.kernels.tir import Kernel, gamma, load, select, serial, splat, store, vectors
 from myelin.kernels.window import Conv
@@ -34,37 +33,31 @@ def gram_cost(conv: Conv) -> int:
     return min(_unfolded_cost(conv), _shifted_cost(conv)) + adjoints
 
 
-def gram_kappa(cpu: Cpu, conv: Conv) -> float:
+def gram_kappa(conv: Conv, error: float) -> float:
     """κ of ‖g‖² ≤ s + κ·t, where g is the gradient that `weighted_gradient` adds.
 
-    Gram entries are float32 dot products of length k, off by at most γ_k·|a||b|; their products are
-    summed in float64.
+    `error` is ε of ‖g − ĝ‖ ≤ ε·√t: how far that is from the exact gradient ĝ, by the same module's
+    `gradient_error`. Gram entries are float32 dot products of length k, off by at most γ_k·|a||b|;
+    their products are summed in float64.
     """
     length = conv.ci + conv.kh * conv.kw if _is_shifted(conv) else conv.taps
-    patch, adjoint, own = gamma(length), gamma(conv.co), _own_error(cpu, conv)
+    patch, adjoint = gamma(length), gamma(conv.co)
     gram = patch + adjoint + patch * adjoint + 4 * _UNIT
-    return (1 + _stretch(cpu, conv)) * gram + own * own + own / math.sqrt(conv.pixels)
+    return (1 + _stretch(conv, error)) * gram + error * error + error / math.sqrt(conv.pixels)
 
 
-def _own_error(cpu: Cpu, conv: Conv) -> float:
-    """ε of ‖g − ĝ‖ ≤ ε·√t: how far `weighted_gradient` is from the exact gradient ĝ."""
-    if winograd.suits_gradient(cpu, conv):
-        return winograd.gradient_error(conv)
-    return gamma(conv.pixels + 1)
-
-
-def _stretch(cpu: Cpu, conv: Conv) -> float:
+def _stretch(conv: Conv, error: float) -> float:
     """θ of ‖g‖² ≤ (‖ĝ‖ + ε·√t)² ≤ (1 + θ)·‖ĝ‖² + (1 + 1/θ)·ε²·t, good where t is about pixels·s."""
-    return _own_error(cpu, conv) * math.sqrt(conv.pixels)
+    return error * math.sqrt(conv.pixels)
 
 
-def gram_norm(cpu: Cpu, conv: Conv) -> Any:
+def gram_norm(cpu: Cpu, conv: Conv, error: float) -> Any:
     """xp[n,hp,wp,ci], d[n,oh,ow,co], scratch → s[n], t[n].
 
-    s is ‖g_i‖² up to rounding (`gram_kappa`), t = Σ_p |x_p|² · Σ_p |d_p|² with a floor that covers
-    numbers flushed to zero.
+    s is ‖g_i‖² up to rounding (`gram_kappa` of the same `error`), t = Σ_p |x_p|² · Σ_p |d_p|² with
+    a floor that covers numbers flushed to zero.
     """
-    plan = _Shifted(cpu, conv) if _is_shifted(conv) else _Unfolded(cpu, conv)
+    plan = _Shifted(cpu, conv, error) if _is_shifted(conv) else _Unfolded(cpu, conv, error)
     chunks = min(conv.n, _CHUNKS)
     each, left = divmod(conv.n, chunks)
     images = {"xp": (conv.n, conv.hp, conv.wp, conv.ci), "d": (conv.n, conv.oh, conv.ow, conv.co)}
@@ -108,8 +101,10 @@ def _pairs(pixels: int) -> int:
 class _Gram(ABC):
     """What both ways share. Output pixels are numbered h · pitch + v, pixels last in memory."""
 
-    def __init__(self, cpu: Cpu, conv: Conv, lines: int, line: int, pitch: int) -> None:
-        self.cpu, self.conv = cpu, conv
+    def __init__(
+        self, cpu: Cpu, conv: Conv, error: float, lines: int, line: int, pitch: int
+    ) -> None:
+        self.cpu, self.conv, self.error = cpu, conv, error
         self.lines, self.line, self.pitch = lines, line, pitch
         self.pixels = (lines - 1) * pitch + line
         self.widths = (cpu.lanes,) * (2 if self.pixels > cpu.lanes else 1)
@@ -182,7 +177,7 @@ class _Gram(ABC):
     def floor(self, terms: int) -> Any:
         """What covers that flushing took from `terms` squares of each pixel."""
         flushed = 4 * terms * self.conv.pixels * _TINY
-        return T.FloatImm("float64", flushed / gram_kappa(self.cpu, self.conv))
+        return T.FloatImm("float64", flushed / gram_kappa(self.conv, self.error))
 
     def example(self, xp: Any, d: Any, scratch: Any, chunk: Any, i: Any, s: Any, t: Any) -> None:
         """Both results of one example."""
@@ -217,7 +212,7 @@ class _Gram(ABC):
                         upper = select(there < here, splat(0.0, lanes), pair)
                         own = widen(y.get(row, vector), lanes)
                         total.add(0, vector, widen(upper, lanes) * own)
-        stretch = T.FloatImm("float64", 1 + _stretch(cpu, conv))
+        stretch = T.FloatImm("float64", 1 + _stretch(conv, self.error))
         store(s, T.Cast("float32", stretch * total.sum()), i)
         reach = (adjoints.sum() + self.floor(conv.co)) * (inputs.sum() + self.floor(conv.taps))
         up = T.FloatImm("float64", 1 + 8 * _UNIT)
@@ -227,8 +222,8 @@ class _Gram(ABC):
 class _Unfolded(_Gram):
     """Patches [taps, length] in scratch; all pixels are one line."""
 
-    def __init__(self, cpu: Cpu, conv: Conv) -> None:
-        super().__init__(cpu, conv, 1, conv.pixels, conv.pixels)
+    def __init__(self, cpu: Cpu, conv: Conv, error: float) -> None:
+        super().__init__(cpu, conv, error, 1, conv.pixels, conv.pixels)
         self.at = self.reserve(conv.taps * self.length)
 
     def prepare(self, xp: Any, scratch: Any, chunk: Any, i: Any) -> None:
@@ -248,8 +243,8 @@ class _Unfolded(_Gram):
 class _Shifted(_Gram):
     """Input pixels [ci, across], their Gram matrix [image, across] and their squares [across]."""
 
-    def __init__(self, cpu: Cpu, conv: Conv) -> None:
-        super().__init__(cpu, conv, conv.oh, conv.ow, conv.wp)
+    def __init__(self, cpu: Cpu, conv: Conv, error: float) -> None:
+        super().__init__(cpu, conv, error, conv.oh, conv.ow, conv.wp)
         self.image = conv.hp * conv.wp
         shift = (conv.kh - 1) * conv.wp + conv.kw - 1
         self.across = self.round(max(self.image, self.length + shift))

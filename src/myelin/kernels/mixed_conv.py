@@ -2,8 +2,7 @@
 
 Arguments, results, sums and norms are float32; both factors of a product are rounded to bfloat16
 when they are packed into scratch (`myelin.kernels.bf16`), by Winograd after they are transformed.
-Every template takes and gives what its namesake in `conv` does, and is that one where `choose` says
-so.
+Every template takes and gives what its namesake in `conv` does.
 
 `stored_gradient` takes norms of the very numbers that it stores, so that its bounds are the same.
 The templates that are missing here, `gram_norm` and `weighted_gradient`, stay in float32: a bound
@@ -13,8 +12,9 @@ for the rounding of operands would make a Gram norm useless.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
@@ -26,47 +26,41 @@ from myelin.kernels.epilogue import PLAIN, Epilogue
 from myelin.kernels.operands import BF16
 from myelin.kernels.tiles import SquaredNorm, Tile, grid, segments, steps
 from myelin.kernels.tir import Kernel, blocks, load, local, serial, splat, store
-from myelin.kernels.window import Conv
+from myelin.kernels.window import Conv, Product
 
-__all__ = ["Algorithm", "Product", "backward_data", "choose", "forward", "stored_gradient"]
-
-Product = Literal["forward", "backward_data", "stored_gradient"]
-Algorithm = Literal["direct", "winograd", "float32"]
-"""With bfloat16 operands directly or by Winograd, or as in float32."""
+__all__ = ["Winograd", "backward_data", "can", "forward", "stored_gradient"]
 
 
-def choose(cpu: Cpu, conv: Conv, product: Product) -> Algorithm:
-    """How a product of this convolution is computed: the one seam where that is decided.
+def can(conv: Conv, kind: Product) -> bool:
+    """Whether a product can be computed so: numbers must come in pairs along what is summed.
 
-    Measured on one core of an AMD Zen 4 with the 3 × 3 layers of the benchmarks' models at batch
-    64, 10⁹ operations a second of a direct product: outputs and their adjoints directly 80 to 110
-    in float32, 190 to 225 in bfloat16; by Winograd 250 to 350 in float32, 350 to 590 in bfloat16.
-    Stored gradients by Winograd 190 to 265 and 260 to 360, but of 4 tiles directly: 190 against 140
-    to 160, because what takes time is storing. Packing takes longer than it saves for stored
-    gradients of one vector of channels or one tap. Directly, numbers must come in pairs along what
-    is summed; by Winograd, in vectors.
+    Outputs are sums along rows of a window, adjoints along output channels; stored gradients along
+    rows of the output, of which an odd one is paired with zeros.
+    """
+    if kind == "forward":
+        steps_ = (conv.wp * conv.ci, conv.kw * conv.ci, conv.stride[1] * conv.ci)
+        return all(step % 2 == 0 for step in steps_)
+    return kind == "stored_gradient" or (kind == "backward_data" and conv.co % 2 == 0)
 
-    Winograd rounds inputs and weights in the domain of points, so that errors are about 1.3 % of
+
+class Winograd:
+    """The same templates by Winograd.
+
+    Inputs and weights are rounded in the domain of points, so that errors are about 1.3 % of
     outputs (root of the mean square, for normal inputs), 5 times those of rounding directly. In
     tiles of 2 × 2 outputs they would be 0.4 %, but at 1.8 times as many products it would be as
     slow as float32.
     """
-    whole = conv.ci % LANES == conv.co % LANES == 0
-    if product == "stored_gradient":
-        tiles = -(-conv.oh // 4) * -(-conv.ow // 4)
-        if winograd.suits_gradient(cpu, conv) and tiles > 4:
-            return "winograd" if whole else "float32"
-        return "float32" if conv.co <= LANES or conv.kh * conv.kw == 1 else "direct"
-    if winograd.suits(cpu, conv):
-        return "winograd" if whole else "float32"
-    return "direct" if _comes_in_pairs(conv, product) else "float32"
 
+    forward = staticmethod(partial(winograd.forward, operands=BF16))
+    backward_data = staticmethod(partial(winograd.backward_data, operands=BF16))
+    stored_gradient = staticmethod(partial(winograd.stored_gradient, operands=BF16))
 
-def _comes_in_pairs(conv: Conv, product: Product) -> bool:
-    if product == "backward_data":
-        return conv.co % 2 == 0
-    steps_ = (conv.wp * conv.ci, conv.kw * conv.ci, conv.stride[1] * conv.ci)
-    return all(step % 2 == 0 for step in steps_)
+    @staticmethod
+    def can(conv: Conv, kind: Product) -> bool:
+        """Whether a product can be computed so: channels come in whole vectors."""
+        whole = conv.ci % LANES == conv.co % LANES == 0
+        return kind != "weighted_gradient" and whole and winograd.can(conv, kind)
 
 
 def forward(
@@ -75,17 +69,11 @@ def forward(
     *,
     bias: bool,
     finish: Epilogue = PLAIN,
-    algorithm: Algorithm | None = None,
 ) -> Any:
     """xp[n,hp,wp,ci], w[kh,kw,ci,co], (b[co]), others, scratch… → y[n,oh,ow,co], finished.
 
     A row of a window, kw · ci numbers, lies together in memory, and so do its pairs.
     """
-    match algorithm or choose(cpu, conv, "forward"):
-        case "float32":
-            return plain.forward(cpu, conv, bias=bias, finish=finish)
-        case "winograd":
-            return winograd.forward(cpu, conv, bias=bias, finish=finish, operands=BF16)
     row, window = conv.wp * conv.ci, conv.kw * conv.ci
     sh, step = conv.stride[0], conv.stride[1] * conv.ci // 2
     shapes: dict[str, Any] = {"xp": (conv.n, conv.hp, row), "w": (conv.kh, window, conv.co)}
@@ -128,17 +116,12 @@ def forward(
 
 
 def backward_data(
-    cpu: Cpu, conv: Conv, *, finish: Epilogue = PLAIN, algorithm: Algorithm | None = None
+    cpu: Cpu, conv: Conv, *, finish: Epilogue = PLAIN
 ) -> Any:
     """d[n,oh,ow,co], w[kh,kw,ci,co], others, scratch… → dx[n,h,w,ci], finished.
 
     Pairs lie along co.
     """
-    match algorithm or choose(cpu, conv, "backward_data"):
-        case "float32":
-            return plain.backward_data(cpu, conv, finish=finish)
-        case "winograd":
-            return winograd.backward_data(cpu, conv, finish=finish, operands=BF16)
     rows, columns = plain.axes(conv)
     half = conv.co // 2
     line = conv.ow * conv.co
@@ -202,16 +185,11 @@ def backward_data(
     return kernel.function
 
 
-def stored_gradient(cpu: Cpu, conv: Conv, *, algorithm: Algorithm | None = None) -> Any:
+def stored_gradient(cpu: Cpu, conv: Conv) -> Any:
     """xp[n,hp,wp,ci], d[n,oh,ow,co], scratch… → g[n,kh*kw*ci*co], s[n].
 
     A pair is of two rows of the output, and of the two rows of the input that they meet.
     """
-    match algorithm or choose(cpu, conv, "stored_gradient"):
-        case "float32":
-            return plain.stored_gradient(cpu, conv)
-        case "winograd":
-            return winograd.stored_gradient(cpu, conv, operands=BF16)
     sh, sw = conv.stride
     row = conv.wp * conv.ci
     shapes: dict[str, Any] = {

@@ -1,6 +1,10 @@
 """The geometry that convolution and pooling share: windows that slide over an image in a border."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Product = Literal["forward", "backward_data", "stored_gradient", "weighted_gradient"]
+"""What is computed of a convolution: the names of its templates."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ convolution is 36 matrix products, with 2.25 multiplications an output and chann
 and all coefficients without a division are exact in float32.
 
 The templates are those of `myelin.kernels.conv` with the same arguments; scratch may be several
-vectors. Every size is right; `suits` says where they are worth it.
+vectors. `can` says for which convolutions.
 
 Transforms are in float32; `operands` of the matrix products may be others. Of bfloat16 ones, input
 and output channels come in whole vectors.
@@ -36,6 +36,7 @@ from myelin.kernels.tiles import (
     Tile,
     channel_groups,
     grid,
+    run_length,
     segments,
     steps,
 )
@@ -51,7 +52,7 @@ from myelin.kernels.tir import (
     store,
     vectors,
 )
-from myelin.kernels.window import Conv
+from myelin.kernels.window import Conv, Product
 
 Values = list[Any]
 
@@ -60,30 +61,13 @@ _CHUNKS = 8  # parts of the batch, each with a scratch of its own
 _SUMS = 4  # parts of the batch that are summed on their own
 _PAD = 16  # floats between planes: their distance must not be a multiple of a page
 _GROWTH = 181  # what absolute values grow by, against a product of activations and adjoints
-_LARGEST = 1 << 20  # floats of one example in the domain of points, so that it stays in cache
 
 
-def suits(cpu: Cpu, conv: Conv) -> bool:
-    """Whether outputs and adjoints of this convolution are found faster this way than directly."""
-    ragged = _ragged(conv.oh) * _ragged(conv.ow)
-    tiles = _block(conv.n * _count(conv.oh) * _count(conv.ow))
-    return (
-        (conv.kh, conv.kw, conv.stride) == (3, 3, (1, 1))
-        and max(conv.padding) <= 2
-        and min(conv.ci, conv.co) >= cpu.lanes
-        and ragged <= 2
-        and tiles >= 4
-    )
-
-
-def suits_gradient(cpu: Cpu, conv: Conv) -> bool:
-    """Whether weight gradients are found faster this way: not of few tiles, nor of large images.
-
-    Measured at 4 tiles, 128 to 256 and 256 to 256 channels: stored, 1.3 and 1.6 times as fast as
-    directly; summed, 1.8 and 2.0 times.
-    """
-    tiles = _tiles(conv)
-    return suits(cpu, conv) and tiles >= 4 and _POINTS * tiles * (conv.ci + conv.co) <= _LARGEST
+def can(conv: Conv, kind: Product) -> bool:
+    """Whether a product can be computed so; `myelin.planner` says where it is worth it."""
+    del kind  # the same for all
+    square = (conv.kh, conv.kw, conv.stride) == (3, 3, (1, 1))
+    return square and max(conv.padding) <= 2
 
 
 def gradient_error(conv: Conv) -> float:
@@ -193,14 +177,15 @@ def stored_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> An
     return kernel.function
 
 
-def weighted_gradient(cpu: Cpu, conv: Conv, *, run: int) -> Any:
+def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
     """xp[n,hp,wp,ci], d[n,oh,ow,co], c[n], scratch… → g[3·3·ci·co] = Σ_i c_i g_i.
 
     g_i leaves the domain of points before it is multiplied by c_i and added: sums there would
     round relative to numbers that no norm bounds. Where c_i g_i is not finite nothing is added: so
-    an example with c_i = 0 adds nothing whatever it holds, nor one that overflows on the way. The
-    `run` examples at a time are transformed together, then summed part by part.
+    an example with c_i = 0 adds nothing whatever it holds, nor one that overflows on the way. A run
+    of examples at a time is transformed together, then summed part by part.
     """
+    run = run_length(conv.n)
     gradient = _Gradient(cpu=cpu, conv=conv, slots=run, chunks=_CHUNKS)
     own = {
         "c": (conv.n,),
@@ -286,11 +271,6 @@ def _count(outputs: int) -> int:
 def _tiles(conv: Conv) -> int:
     """Tiles of one image."""
     return _count(conv.oh) * _count(conv.ow)
-
-
-def _ragged(outputs: int) -> float:
-    """Outputs computed for each that is there."""
-    return 4 * _count(outputs) / outputs
 
 
 def _all(conditions: Sequence[Any]) -> Any:
@@ -396,8 +376,8 @@ def _shares(count: int, chunks: int) -> Iterator[tuple[Any, Any]]:
             yield chunk, count - left + chunk
 
 
-def _block(tiles: int, most: int = 16) -> int:
-    """The largest divisor of `tiles` up to `most`."""
+def largest_divisor(tiles: int, most: int = 16) -> int:
+    """Tiles at once: the largest divisor of their number up to `most`."""
     return max(size for size in range(1, most + 1) if tiles % size == 0)
 
 
@@ -515,7 +495,9 @@ class _Product:
     def _multiply(
         self, points: Any, inputs: Any, products: Any, chunk: Any, group: Any, widths: Sequence[int]
     ) -> None:
-        for tiles in segments(self._block, _block(self._block, 8 if self.cpu.lanes == 16 else 6)):
+        for tiles in segments(
+            self._block, largest_divisor(self._block, 8 if self.cpu.lanes == 16 else 6)
+        ):
             for p, part in grid(_POINTS, tiles.count):
                 first = tiles.at(part)
                 tile = Tile(tiles.size, widths)
@@ -566,7 +548,7 @@ class _Product:
     @property
     def _block(self) -> int:
         """Tiles transformed at once."""
-        return _block(self._tiles)
+        return largest_divisor(self._tiles)
 
     @property
     def _chunks(self) -> int:
