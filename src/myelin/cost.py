@@ -101,6 +101,7 @@ RATES: Mapping[str, Rates] = {
 
 _INPUT, _OUTPUT, _ADJOINT = 276, 172, 170
 _WEIGHT, _TURNED_WEIGHT = 250, 500
+_PACKING = 6
 _STORED, _WEIGHTED = 340, 190
 """A vector's 9 taps from its 36 points, written to and read from a scratch first."""
 
@@ -122,7 +123,7 @@ def backward_data(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
         tiles = conv.n * _tiles(conv.h, conv.w)
         return _transformed(cpu, conv, algorithm, tiles, conv.co, conv.ci, _TURNED_WEIGHT)
     pixels = conv.n * conv.pixels
-    steps = 2 * pixels * outputs + conv.n * conv.h * conv.w * inputs + 2 * conv.weights
+    steps = 4 * pixels * outputs + conv.n * conv.h * conv.w * inputs + 2 * conv.weights
     return _direct(conv, algorithm, pixels * conv.kh * conv.kw * conv.co * inputs, steps)
 
 
@@ -186,7 +187,7 @@ def _multiplied(
 
 def _direct(conv: Conv, algorithm: Algorithm, products: float, steps: float) -> Work:
     if algorithm == "direct bf16":
-        packing = 4 * conv.n * (conv.hp * conv.wp * conv.ci + conv.pixels * conv.co) / 16
+        packing = _PACKING * conv.n * (conv.hp * conv.wp * conv.ci + conv.pixels * conv.co) / 16
         return _work(conv, algorithm, dots=products / 2, steps=steps + packing)
     return _work(conv, algorithm, products=products, steps=steps)
 
