@@ -115,9 +115,7 @@ def forward(
     return kernel.function
 
 
-def backward_data(
-    cpu: Cpu, conv: Conv, *, finish: Epilogue = PLAIN
-) -> Any:
+def backward_data(cpu: Cpu, conv: Conv, *, finish: Epilogue = PLAIN) -> Any:
     """d[n,oh,ow,co], w[kh,kw,ci,co], others, scratch… → dx[n,h,w,ci], finished.
 
     Pairs lie along co.
