@@ -236,8 +236,8 @@ def matrix(
     steps = panels * depth * (4 * width if scalar else 2 * wide)
     gflop, cold = 2e-9 * rows * depth * columns, 4 * depth * columns
     if precision != "float32":
-        dots = products / 2 * (3 if precision == "bf16x3" else 1)
-        return Work(gflop=gflop, dots=dots, steps=steps, cold=cold)
+        parts = 3 if precision == "bf16x3" else 1
+        return Work(gflop=gflop, dots=parts * products / 2, steps=parts * steps, cold=cold)
     return Work(gflop=gflop, products=products, steps=steps, cold=cold)
 
 
