@@ -220,6 +220,18 @@ def test_a_product_computes_the_one_elementwise_operator_that_reads_it(monkeypat
     assert all(np.array_equal(own[name], other[name]) for name in own)
 
 
+def test_a_padded_copy_is_made_only_for_kernels_that_read_one():
+    def net(lib):
+        layers = (lib.Conv2d(2, 16, 3, padding=1), lib.ReLU(), lib.Conv2d(16, 16, 3, padding=1))
+        return lib.Sequential(*layers, lib.Flatten(), lib.Linear(16 * 144, 3))
+
+    run = compiled(net(nn), (2, 12, 12))
+    assert [d.layer for d in run.program.decisions if "pad" in d.kernel] == ["0"]
+    how = {d.kernel.partition("_")[2]: d.algorithm for d in run.program.decisions}
+    assert (how["conv_relu"], how["conv"]) == ("direct", "winograd")
+    close(gradient(run, bound=0.1), oracle(net(T), run, bound=0.1))
+
+
 def test_a_product_that_is_read_twice_is_written_plainly():
     # SiLU's derivative reads the product again.
     run = compiled(nn.Sequential(nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, 2)), (5,))

@@ -246,6 +246,14 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Activations:
+    """What a convolution reads: x, or x within its zero border where its kernel asks for that."""
+
+    x: Value
+    conv: Conv
+
+
+@dataclass(frozen=True)
 class Lazy:
     """An elementwise operator that has not been computed: its users compute it."""
 
@@ -262,7 +270,7 @@ class Pending:
     label: str
     key: tuple[Any, ...]
     build: Callable[[Epilogue], Any]
-    inputs: Sequence[Value]
+    inputs: Sequence[Value | Activations]
     stored: Shape
     work: Work
 
@@ -386,18 +394,22 @@ class Lowering:
         label: str,
         key: tuple[Any, ...],
         build: Callable[[], Any],
-        inputs: Sequence[Value],
+        inputs: Sequence[Value | Activations],
         outputs: Sequence[Value],
         *,
         work: Work | None = None,
     ) -> None:
         """Append a call: inputs, then a scratch vector where the template has one, then outputs."""
-        moved = sum(v.buffer.bytes for v in (*inputs, *outputs))
+        plain = [v.x if isinstance(v, Activations) else v for v in inputs]
+        moved = sum(v.buffer.bytes for v in (*plain, *outputs))
         name = self.library.add(label, key, build, work, moved)
         sizes = kernel_object.argument_bytes(self.library.functions[name])
+        for i, v in enumerate(inputs):
+            if isinstance(v, Activations) and sizes[i] != v.x.buffer.bytes:
+                plain[i] = self._padded_copy(v.x, v.conv)
         scratch = sizes[len(inputs) : len(sizes) - len(outputs)]
         buffers = [
-            *(v.buffer for v in inputs),
+            *(v.buffer for v in plain),
             *(Buffer(bytes=size) for size in scratch),
             *(v.buffer for v in outputs),
         ]
@@ -409,10 +421,8 @@ class Lowering:
 
     # What templates ask.
 
-    def padded(self, x: Value, conv: Conv) -> Value:
+    def _padded_copy(self, x: Value, conv: Conv) -> Value:
         """x within the zero border that the convolution reads; one copy serves all its kernels."""
-        if not any(conv.padding):
-            return x
         key = (id(x.buffer), conv)
         if key not in self._padded:
             xp = Value(
@@ -436,7 +446,7 @@ class Lowering:
         label: str,
         key: tuple[Any, ...],
         build: Callable[[Epilogue], Any],
-        inputs: Sequence[Value],
+        inputs: Sequence[Value | Activations],
         *,
         work: Work,
         finishes: bool = True,
@@ -772,7 +782,7 @@ def _permute_dims(low: Lowering, var: Any, call: Any) -> None:
 def _conv2d(low: Lowering, var: Any, call: Any) -> None:
     conv = _conv_of(_dims(call.args[0]), _dims(call.args[1]), call.attrs)
     bias = low.bias(var)
-    x = low.padded(low.value(call.args[0]), conv)
+    x = Activations(low.value(call.args[0]), conv)
     w = low.value(call.args[1])
     how = planner.algorithm(low.cpu, conv, "forward", low.precision)
     templates = planner.CONV[how]
@@ -1028,7 +1038,7 @@ def _conv_stored(low: Lowering, var: Any, call: Any) -> None:
         "conv_stored",
         ("conv_stored", gradient),
         build,
-        [low.padded(x, conv), d],
+        [Activations(x, conv), d],
         outs,
         work=cost.stored_gradient(low.cpu, conv, gradient.algorithm),
     )
@@ -1045,7 +1055,7 @@ def _conv_gram(low: Lowering, var: Any, call: Any) -> None:
         "conv_gram",
         ("conv_gram", gradient),
         build,
-        [low.padded(x, conv), d],
+        [Activations(x, conv), d],
         outs,
         work=cost.gram(low.cpu, conv),
     )
@@ -1062,7 +1072,7 @@ def _conv_gradient(low: Lowering, var: Any, call: Any) -> None:
         "conv_gradient",
         ("conv_gradient", gradient),
         build,
-        [low.padded(x, conv), d, c],
+        [Activations(x, conv), d, c],
         [out],
         work=cost.weighted_gradient(low.cpu, conv, gradient.algorithm),
     )

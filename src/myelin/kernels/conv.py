@@ -2,9 +2,9 @@
 
 How a plan uses these templates (all arguments float32, outputs last):
 
-- `pad(cpu, conv)`: x[n,h,w,ci] → xp[n,hp,wp,ci], x within its zero border. Every template below
-  that reads activations reads **xp**, so that one copy serves forward and gradients. Where
-  `conv.padding` is all zero, xp is x itself: pass x and leave `pad` out.
+- `pad(cpu, conv)`: x[n,h,w,ci] → xp[n,hp,wp,ci], x within its zero border. A template below that
+  reads activations reads **xp**, so that one copy serves forward and gradients, or x itself: its
+  first parameter has that name. Where `conv.padding` is all zero they are the same.
 - Parameters between the inputs and the outputs named here are **scratch**: float32 arrays that the
   kernel overwrites, whatever they hold. How many there are and their sizes depend on the layer.
 

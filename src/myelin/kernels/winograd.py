@@ -9,8 +9,8 @@ convolution is 36 matrix products, with 2.25 multiplications an output and chann
 ±0.6875, ±1.3125 and infinity: against the usual 0, ±1, ±2 the largest errors are about a quarter,
 and all coefficients without a division are exact in float32.
 
-The templates are those of `myelin.kernels.conv` with the same arguments; scratch may be several
-vectors. `can` says for which convolutions.
+The templates are those of `myelin.kernels.conv` with the same arguments, but for activations, whose
+border they put in themselves; scratch may be several vectors. `can` says for which convolutions.
 
 Transforms are in float32; `operands` of the matrix products may be others. Of bfloat16 ones, input
 and output channels come in whole vectors.
@@ -94,29 +94,30 @@ def forward(
     finish: Epilogue = PLAIN,
     operands: Operands = FLOAT32,
 ) -> Any:
-    """xp[n,hp,wp,ci], w[3,3,ci,co], (b[co]), others, scratch… → y[n,oh,ow,co], finished."""
-    rows = _Axis(before=0, size=conv.hp, outputs=conv.oh)
-    columns = _Axis(before=0, size=conv.wp, outputs=conv.ow)
+    """x[n,h,w,ci], w[3,3,ci,co], (b[co]), others, scratch… → y[n,oh,ow,co], finished."""
+    top, left = conv.padding[:2]
+    rows = _Axis(before=top, size=conv.h, outputs=conv.oh)
+    columns = _Axis(before=left, size=conv.w, outputs=conv.ow)
     layer = _Product(
         cpu=cpu, operands=operands, n=conv.n, ci=conv.ci, co=conv.co, rows=rows, columns=columns
     )
     output = (conv.n, conv.oh, conv.ow, conv.co)
     shapes = {
-        "xp": (conv.n, conv.hp, conv.wp, conv.ci),
+        "x": (conv.n, conv.h, conv.w, conv.ci),
         "w": (3, 3, conv.ci, conv.co),
         **({"b": (conv.co,)} if bias else {}),
         **finish.parameters(output),
         **layer.scratch,
     }
     with Kernel(**shapes, y=output) as kernel, operands.scope():
-        xp, w, *more, points, inputs, products, y = kernel.buffers
+        x, w, *more, points, inputs, products, y = kernel.buffers
         b = more[:bias]
         layer.weights(points, lambda i, j, k, c, lanes: load(w, i, j, k, c, lanes=lanes))
 
         def biased(value: Any, channel: Any, lanes: int) -> Any:
             return value + load(b[0], channel, lanes=lanes) if b else value
 
-        layer.run(xp, points, inputs, products, y, biased, finish, more[bias:])
+        layer.run(x, points, inputs, products, y, biased, finish, more[bias:])
     return kernel.function
 
 
@@ -154,7 +155,7 @@ def backward_data(
 
 
 def stored_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> Any:
-    """xp[n,hp,wp,ci], d[n,oh,ow,co], scratch… → g[n,3·3·ci·co], s[n].
+    """x[n,h,w,ci], d[n,oh,ow,co], scratch… → g[n,3·3·ci·co], s[n].
 
     s_i = ‖g_i‖² of the very numbers that are stored.
     """
@@ -162,9 +163,9 @@ def stored_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> An
     gradient = _Gradient(cpu=cpu, operands=operands, conv=conv, slots=chunks, chunks=chunks)
     results = {"g": (conv.n, conv.weights), "s": (conv.n,)}
     with Kernel(**gradient.images, **gradient.scratch, **results) as kernel, operands.scope():
-        xp, d, *scratch, g, s = kernel.buffers
+        x, d, *scratch, g, s = kernel.buffers
         for chunk, i in _shares(conv.n, chunks):
-            gradient.transform(xp, d, scratch, chunk, i)
+            gradient.transform(x, d, scratch, chunk, i)
             norm = SquaredNorm()
             for _, channel, widths in _groups(cpu, conv.co):
                 with norm.part(widths) as add:
@@ -178,7 +179,7 @@ def stored_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> An
 
 
 def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
-    """xp[n,hp,wp,ci], d[n,oh,ow,co], c[n], scratch… → g[3·3·ci·co] = Σ_i c_i g_i.
+    """x[n,h,w,ci], d[n,oh,ow,co], c[n], scratch… → g[3·3·ci·co] = Σ_i c_i g_i.
 
     g_i leaves the domain of points before it is multiplied by c_i and added: sums there would
     round relative to numbers that no norm bounds. Where c_i g_i is not finite nothing is added: so
@@ -194,14 +195,14 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
         "g": (conv.weights,),
     }
     with Kernel(**gradient.images, **own) as kernel:
-        xp, d, c, *scratch, sums, g = kernel.buffers
+        x, d, c, *scratch, sums, g = kernel.buffers
         for at, size in blocks(conv.weights, 64 * cpu.lanes, T.parallel):
             for offset, lanes in vectors(size, cpu.lanes):
                 store(g, splat(0.0, lanes), at + offset)
         for runs in segments(conv.n, run):
             with serial(runs.count) as number:
                 with T.parallel(runs.size) as slot:
-                    gradient.transform(xp, d, scratch, slot, runs.at(number) + slot)
+                    gradient.transform(x, d, scratch, slot, runs.at(number) + slot)
                 for chunk, part in gradient.shares():
                     for row, tap, offset, lanes in part.cells():
                         at = part.place(tap, row, offset)
@@ -629,7 +630,7 @@ class _Gradient:
         """What a gradient is made of."""
         conv = self.conv
         return {
-            "xp": (conv.n, conv.hp, conv.wp, conv.ci),
+            "x": (conv.n, conv.h, conv.w, conv.ci),
             "d": (conv.n, conv.oh, conv.ow, conv.co),
         }
 
@@ -643,7 +644,7 @@ class _Gradient:
             "products": (self.chunks, _POINTS * self._product_plane),
         }
 
-    def transform(self, xp: Any, d: Any, scratch: Sequence[Any], slot: Any, i: Any) -> None:
+    def transform(self, x: Any, d: Any, scratch: Sequence[Any], slot: Any, i: Any) -> None:
         """Activations and adjoints of example i to the domain of points."""
         conv = self.conv
         inputs, adjoints, _ = scratch
@@ -658,7 +659,7 @@ class _Gradient:
                         def activation(w: Any) -> Values:
                             def source(i_: int, j: int) -> Any:
                                 (r, above), (c, beside) = rows.input(h, i_), columns.input(w, j)  # noqa: B023
-                                value = load(xp, i, r, c, first + offset, lanes=lanes)  # noqa: B023
+                                value = load(x, i, r, c, first + offset, lanes=lanes)  # noqa: B023
                                 return _kept(value, lanes, above, beside)  # noqa: B023
 
                             return _both(_Lanes(lanes).input, 6, source)  # noqa: B023
@@ -764,9 +765,10 @@ class _Gradient:
 
     def _axes(self) -> tuple[_Axis, _Axis]:
         conv = self.conv
+        top, left = conv.padding[:2]
         return (
-            _Axis(before=0, size=conv.hp, outputs=conv.oh),
-            _Axis(before=0, size=conv.wp, outputs=conv.ow),
+            _Axis(before=top, size=conv.h, outputs=conv.oh),
+            _Axis(before=left, size=conv.w, outputs=conv.ow),
         )
 
     @property
