@@ -47,6 +47,8 @@ def test_winograd_is_taken_where_it_is_faster(product):
         Conv(n=64, h=32, w=32, ci=64, co=64, stride=(2, 2), **SQUARE),
         Conv(n=64, h=32, w=32, ci=64, co=64, kh=5, kw=3),
         Conv(n=64, h=2, w=2, ci=64, co=64, **SQUARE),
+        Conv(n=64, h=32, w=32, ci=3, co=64, **SQUARE),
+        Conv(n=64, h=32, w=32, ci=64, co=10, **SQUARE),
     ):
         assert planner.algorithm(CPU, conv, product, "float32") == "direct"
 

@@ -22,6 +22,7 @@ from myelin.kernels.winograd import largest_divisor
 
 Algorithm = Literal["direct", "winograd", "direct bf16", "winograd bf16"]
 """How a convolution or its gradient is computed: directly or by Winograd, of which operands."""
+WINOGRAD = ("winograd", "winograd bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ def forward(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     """A convolution's outputs."""
     inputs, outputs = _vectors(cpu, conv.ci), _vectors(cpu, conv.co)
     pixels = conv.n * conv.pixels
-    if algorithm in _WINOGRAD:
+    if algorithm in WINOGRAD:
         tiles = conv.n * _tiles(conv.oh, conv.ow)
         return _transformed(cpu, conv, algorithm, tiles, conv.ci, conv.co, _WEIGHT)
     return _direct(conv, algorithm, pixels * conv.taps * outputs, pixels * (inputs + outputs))
@@ -119,7 +120,7 @@ def forward(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
 def backward_data(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     """The adjoint of a convolution's inputs."""
     inputs, outputs = _vectors(cpu, conv.ci), _vectors(cpu, conv.co)
-    if algorithm in _WINOGRAD:
+    if algorithm in WINOGRAD:
         tiles = conv.n * _tiles(conv.h, conv.w)
         return _transformed(cpu, conv, algorithm, tiles, conv.co, conv.ci, _TURNED_WEIGHT)
     pixels = conv.n * conv.pixels
@@ -143,9 +144,6 @@ def gram(cpu: Cpu, conv: Conv) -> Work:
     return Work(gflop=2e-9 * products, algorithm="gram", pairs=products / cpu.lanes)
 
 
-_WINOGRAD = ("winograd", "winograd bf16")
-
-
 def _transformed(
     cpu: Cpu, conv: Conv, algorithm: Algorithm, tiles: int, depth: int, channels: int, weight: int
 ) -> Work:
@@ -162,7 +160,7 @@ def _transformed(
 
 def _gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm, taps: int) -> Work:
     inputs, outputs = _vectors(cpu, conv.ci), _vectors(cpu, conv.co)
-    if algorithm in _WINOGRAD:
+    if algorithm in WINOGRAD:
         each = _tiles(conv.oh, conv.ow)
         tiles = conv.n * each
         return _multiplied(
