@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from myelin import hospitals
+from myelin import hospitals, recipe
 from myelin.cpu import Cpu
 
 MYELIN = str(Path(sys.executable).parent / "myelin")
@@ -156,9 +156,15 @@ def test_the_plan_says_what_was_chosen_for_each_layer(town: Town) -> None:
     done = subprocess.run(
         [MYELIN, "inspect", model, "--plan"], capture_output=True, text=True, check=True
     )
-    heading, *rows = done.stdout.splitlines()
-    assert heading.split() == ["layer", "kernel", "norm", "GFLOP", "predicted", "ms", "MiB"]
+    heading, *rows, total = done.stdout.splitlines()
+    assert heading.split() == [
+        *("layer", "kernel", "norm", "algorithm", "threads", "GFLOP", "predicted", "ms", "MiB")
+    ]
     assert any("linear" in row and "product" in row for row in rows)
+    decisions = recipe.plan(model.read_bytes()).decisions
+    assert total.split()[:3] == ["total", str(len(decisions)), "calls"]
+    assert len(rows) == len(decisions)
+    assert float(total.split()[-1]) == pytest.approx(sum(d.ms for d in decisions), abs=5e-4)
 
 
 def test_a_rebuild_measures_the_same(town: Town) -> None:

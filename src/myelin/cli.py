@@ -43,7 +43,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _people = Console(stderr=True, highlight=False, soft_wrap=True)
-_data_console = Console(highlight=False, soft_wrap=True)
+# What goes to a file or a program has no width to fold to: more than any table has.
+_data_console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Key = Annotated[Path, typer.Option("--key", help="Your secret key file.")]
@@ -253,17 +254,25 @@ def inspect(
         return
     _table(
         [
-            ("layer", "kernel", "norm", "GFLOP", "predicted ms", "MiB"),
+            ("layer", "kernel", "norm", "algorithm", "threads", "GFLOP", "predicted ms", "MiB"),
             *(
                 (
                     row.layer,
                     row.kernel,
                     str(row.method or ""),
+                    row.algorithm,
+                    str(row.threads),
                     f"{row.gflop:.4f}",
                     f"{row.ms:.3f}",
                     f"{row.bytes / 2**20:.2f}",
                 )
                 for row in rows
+            ),
+            (
+                *("total", f"{len(rows)} calls", "", "", ""),
+                f"{sum(row.gflop for row in rows):.4f}",
+                f"{sum(row.ms for row in rows):.3f}",
+                "",
             ),
         ],
         to=_data_console,
