@@ -8,7 +8,7 @@ RUNTIMES := x86-64-v3 x86-64-v4
 RUST := $(shell find enclave cell -name '*.rs' -o -name '*.toml' -o -name '*.lock' -o -name '*.sh' -o -name '*.ld' -o -name '*.s' 2>/dev/null | grep -v /target/)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-kernels bench-scaling bench-accuracy size wheel docs clean vectors
+.PHONY: help setup demo test check bench bench-kernels bench-scaling bench-threads bench-load bench-accuracy size wheel docs clean vectors
 
 help:
 	@echo "make setup           virtual environment, enclave runtime and cell"
@@ -18,6 +18,8 @@ help:
 	@echo "make bench           examples per second beside PyTorch and Opacus; MODELS=all, PAGE=1"
 	@echo "make bench-kernels   each kernel against the machine's limits; MODELS=mlp,vgg9"
 	@echo "make bench-scaling   examples per second and memory over batch and width"
+	@echo "make bench-threads   one thread against two; how long helping threads wait"
+	@echo "make bench-load      a sealed file on its way into enclave memory"
 	@echo "make bench-accuracy  loss curves beside PyTorch's, without noise"
 	@echo "make size            lines of trusted Rust, against their limit"
 	@echo "make wheel           a wheel that carries the prebuilt runtime and cell"
@@ -74,6 +76,12 @@ bench-kernels: $(VENV)/.dev
 
 bench-scaling: setup $(VENV)/.dev
 	$(BIN)/python -m benchmarks.scaling
+
+bench-threads: setup $(VENV)/.dev
+	$(BIN)/python -m benchmarks.threads $(if $(MODELS),--models $(MODELS))
+
+bench-load: setup $(VENV)/.dev
+	$(BIN)/python -m benchmarks.load
 
 bench-accuracy: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.accuracy $(if $(MODELS),--models $(MODELS))

@@ -1,7 +1,7 @@
 """How fast a sealed file gets into enclave memory: read, carried, decrypted, checked.
 
 `python -m benchmarks.load [RECORDS] [LAUNCHES]`. Decrypt and check alone is the enclave's own code
-on one core, outside any enclave (enclave/protocol/examples/sealed.rs). For the whole path the same
+on one core, outside any enclave (benchmarks/enclave/sealed.rs). For the whole path the same
 records go into fresh cells, alone and beside two processes that never rest. Launches that get
 memory which a virtual machine has not used yet wait for its hypervisor, so every rate is listed.
 """

@@ -122,8 +122,8 @@ def speedup(cases: list[Case], seconds: float) -> Section:
         title="One thread and two",
         text=(
             "Milliseconds of a private step in the cell, everything it does. Where a second thread "
-            "brings less than 1.85×, the kernels wait for memory that both threads share: see how "
-            "near each is to either limit of the machine by `make bench-kernels`."
+            "brings less than 1.85×, `make bench-kernels` shows how near each kernel is to either "
+            "limit of the machine: memory is shared by both threads."
         ),
         tables=[
             Table(

@@ -1,8 +1,9 @@
 //! Bytes a second of what an enclave does with a sealed file, on one core and in warm memory: hash every chunk for the
 //! commitment, check and decrypt it. Prints JSON; `python -m benchmarks.load` builds it with build.sh and runs it.
 
-use std::time::Instant;
+mod median;
 
+use median::median;
 use myelin_protocol::{CHUNK, CHUNK_TAG, Sealed};
 use sha2::{Digest, Sha256};
 
@@ -14,12 +15,14 @@ fn main() {
     let mut file = vec![[3; CHUNK + CHUNK_TAG]; CHUNKS];
     for (i, chunk) in (0..).zip(&mut file) {
         let (text, tag) = chunk.split_at_mut(CHUNK);
-        let Ok(made) = sealed.encrypt(i, text) else { return };
+        let Ok(made) = sealed.encrypt(i, text) else {
+            return;
+        };
         tag.copy_from_slice(&made);
     }
     let mut plain = vec![0; CHUNKS * CHUNK];
     let mut measure = |hashed: bool, decrypted: bool| {
-        let seconds = median(|| {
+        let seconds = median(21, || {
             let mut hash = Sha256::new();
             for ((i, chunk), plain) in (0..).zip(&file).zip(plain.chunks_mut(CHUNK)) {
                 if hashed {
@@ -34,17 +37,4 @@ fn main() {
     let [hash, decrypt, both] =
         [(true, false), (false, true), (true, true)].map(|(h, d)| measure(h, d));
     println!("{{\"hash\": {hash:.3}, \"decrypt\": {decrypt:.3}, \"both\": {both:.3}}}");
-}
-
-/// Median seconds of 21 runs.
-fn median(mut run: impl FnMut()) -> f64 {
-    let mut times: Vec<f64> = (0..21)
-        .map(|_| {
-            let start = Instant::now();
-            run();
-            start.elapsed().as_secs_f64()
-        })
-        .collect();
-    times.sort_by(f64::total_cmp);
-    times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
 }
