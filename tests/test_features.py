@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import secrets
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +25,8 @@ from myelin.service import Service
 
 PIXELS = Features(type="uint8", unit=127.5, zero=127.5)
 COUNT, WIDTH = 40, 9
+UNIT = "uint8 features need a unit from 0.000001 to 68719.476736"
+ZERO = "uint8 features need a zero from 0.000000 to 2147.483647"
 
 
 @pytest.mark.parametrize(
@@ -40,18 +44,31 @@ def test_values(features: Features, stored: Any, values: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "reason"),
     [
-        {"type": "int8"},
-        {"type": "uint8"},
-        {"type": "uint8", "unit": -1.0},
-        {"type": "uint8", "unit": 1.0, "zero": 5000.0},
-        {"type": "float16", "unit": 1.0},
+        ({"type": "int8"}, "type 'int8': choose one of float32, float16, uint8"),
+        ({"type": "uint8"}, f"{UNIT}, not 0.0"),
+        ({"type": "uint8", "unit": -1.0}, f"{UNIT}, not -1.0"),
+        ({"type": "uint8", "unit": 1e-7}, f"{UNIT}, not 1e-07"),
+        ({"type": "uint8", "unit": 1e6}, f"{UNIT}, not 1000000.0"),
+        ({"type": "uint8", "unit": math.inf}, f"{UNIT}, not inf"),
+        ({"type": "uint8", "unit": math.nan}, f"{UNIT}, not nan"),
+        ({"type": "uint8", "unit": 1.0, "zero": -1.0}, f"{ZERO}, not -1.0"),
+        ({"type": "uint8", "unit": 1.0, "zero": 3000.0}, f"{ZERO}, not 3000.0"),
+        ({"type": "uint8", "unit": 1.0, "zero": 2**31 / 1e6}, f"{ZERO}, not 2147.483648"),
+        ({"type": "uint8", "unit": 1.0, "zero": math.nan}, f"{ZERO}, not nan"),
+        ({"type": "float16", "unit": 1.0}, "type float16 have no unit and no zero"),
+        ({"type": "float32", "zero": 1.0}, "type float32 have no unit and no zero"),
     ],
 )
-def test_refusals(fields: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="features"):
+def test_refusals(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(reason)):
         Features(**fields)
+
+
+def test_the_largest_unit_and_zero() -> None:
+    largest = Features(type="uint8", unit=2**36 / 1e6, zero=(2**31 - 1) / 1e6)
+    assert Features.from_document(largest.document()) == largest
 
 
 @pytest.mark.parametrize("kind", ["uint8", "float16"])

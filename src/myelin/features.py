@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from myelin.errors import UsageError
 
 BYTES = {"float32": 4, "float16": 2, "uint8": 1}
 _MICRO = 10**6
+MOST_UNIT, MOST_ZERO = 1 << 36, (1 << 31) - 1
+"""Of a description, in micro. The enclave subtracts a zero from a byte in 32 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +36,9 @@ class Features:
             raise UsageError(f"features of type {self.type!r}: choose one of {', '.join(BYTES)}")
         if self.type != "uint8" and (self.unit or self.zero):
             raise UsageError(f"features of type {self.type} have no unit and no zero")
-        if self.type == "uint8" and not (self.unit * _MICRO >= 1 and 0 <= self.zero < 4294.967296):
-            raise UsageError(
-                f"uint8 features need a unit of at least 1e-6 and a zero from 0 to 4294.967295, "
-                f"not {self.unit} and {self.zero}"
-            )
+        if self.type == "uint8":
+            _check("unit", self.unit, 1, MOST_UNIT)
+            _check("zero", self.zero, 0, MOST_ZERO)
 
     @property
     def bytes(self) -> int:
@@ -66,3 +67,12 @@ class Features:
         fields = self.document()
         whole = stored.astype(np.int64) * _MICRO - fields["zero"]
         return np.asarray(whole * (1 / fields["unit"]), dtype=np.float32)
+
+
+def _check(name: str, value: float, least: int, most: int) -> None:
+    """Refuses what is not in least … most micro, as the description keeps it; NaN never is."""
+    if not (math.isfinite(value) and least <= round(value * _MICRO) <= most):
+        raise UsageError(
+            f"uint8 features need a {name} from {least / _MICRO:.6f} to {most / _MICRO:.6f}, "
+            f"not {value}"
+        )

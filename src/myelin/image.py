@@ -15,6 +15,7 @@ from typing import Any
 from myelin import document
 from myelin.document import label, listing, octets, record, text, unsigned
 from myelin.errors import ImageInvalid
+from myelin.features import MOST_UNIT, MOST_ZERO
 
 BASE = 0x4000_0000
 PAGE = 4096
@@ -207,8 +208,8 @@ _DESCRIPTION = record(
         "record": record(
             {
                 "type": text("float32", "float16", "uint8"),
-                "unit": _SIZE,
-                "zero": unsigned((1 << 31) - 1),
+                "unit": unsigned(MOST_UNIT),
+                "zero": unsigned(MOST_ZERO),
                 "features": _SIZE,
                 "label": _SIZE,
             }
