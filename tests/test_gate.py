@@ -91,13 +91,14 @@ def test_a_request_leaves_nothing_on_its_stack(attempt: Try) -> None:
 
 def test_every_task_of_a_loop_runs_once_on_two_threads(attempt: Try) -> None:
     cells = ("__TVMBackendParallelLaunch", "__TVMBackendAllocWorkspace")
-    counts, rest = attempt("loops", "mailbox6handle", *cells)
+    counts, rest, left = attempt("loops", "mailbox6handle", *cells, "__stack_tops")
     assert counts == f"{DONE} 50000 0 1", "code, loops, tasks not run once, the worker helped"
     nested, refused, memory, mxcsr = rest.split()
     assert nested == "0", "a loop inside a task is refused, the outer one goes on"
     assert refused == "1", "a failed task, a negative number of tasks, too many"
     assert memory == "0", "no workspace before the session hands them out"
     assert int(mxcsr, 16) & ~0x3F == 0x9FC0, "subnormals flushed, exceptions masked"
+    assert 0 < int(left) < 1024, "tasks leave nothing on the worker's stack below its last frames"
 
 
 def test_a_panic_ends_the_enclave_for_ever(attempt: Try) -> None:

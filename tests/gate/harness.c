@@ -115,6 +115,15 @@ static uint64_t drive(void) {
     return 0;
 }
 
+// Bytes of a slot's stack from the first that is not zero up to its top.
+static const uint64_t STACK = 0x40000;
+static uint8_t *stack(uint64_t tops, int slot) { return ((uint8_t **)tops)[slot] - STACK; }
+static long left(uint64_t tops, int slot) {
+    uint8_t *byte = stack(tops, slot), *top = byte + STACK;
+    while (byte < top && !*byte) byte++;
+    return top - byte;
+}
+
 static volatile int ended;
 static void patch(uint64_t at, uint64_t goal) {
     uint8_t jump[] = {0x48, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xe0}; // mov rax, goal; jmp rax
@@ -165,11 +174,9 @@ int main(int count, char **argument) {
         printf("%lu %lx %lx %x\n", registers.general[0], general, vectors, registers.mxcsr);
     }
     if (!strcmp(trial, "stack")) { // address: the tops of the stacks; a handled request leaves zeros on slot 0's
-        uint8_t *top = *(uint8_t **)address[0], *byte = top - 0x40000;
-        memset(byte, 0xaa, 0x40000);
+        memset(stack(address[0], 0), 0xaa, STACK);
         uint64_t result = code(entry, 0);
-        while (byte < top && !*byte) byte++;
-        printf("%lu %ld\n", result, top - byte);
+        printf("%lu %ld\n", result, left(address[0], 0));
     }
     if (!strcmp(trial, "panic")) { // addresses: where a request is handled, the panic handler
         patch(address[0], address[1]);
@@ -177,10 +184,11 @@ int main(int count, char **argument) {
         uint64_t first = code(entry, 0), again = code(entry, 0), worker = code(entry, 1);
         printf("%lu %lu %lu %lu\n", first, again, worker, *(uint64_t *)(mailbox + 8));
     }
-    if (!strcmp(trial, "loops")) { // addresses: where a request is handled, TVM's cells
+    if (!strcmp(trial, "loops")) { // addresses: where a request is handled, TVM's cells, the tops of the stacks
         inside.launch = *(int (**)(task, void *, int))address[1];
         inside.allocate = *(void *(**)(int, int, uint64_t, int, int))address[2];
         patch(address[0], (uint64_t)drive);
+        memset(stack(address[3], 1), 0xaa, STACK);
         pthread_t worker;
         pthread_create(&worker, 0, work, (void *)entry);
         uint64_t result = code(entry, 0);
@@ -188,6 +196,7 @@ int main(int count, char **argument) {
         pthread_join(worker, 0);
         printf("%lu %lu %lu %d\n", result, inside.loops, inside.wrong, inside.helped > 0);
         printf("%ld %ld %lx %x\n", inside.nested, inside.refused, inside.memory, inside.mxcsr);
+        printf("%ld\n", left(address[3], 1));
     }
     return 0;
 }

@@ -49,6 +49,8 @@ extern "C" fn run(slot: usize) -> u32 {
         threads::main(mailbox::serve);
         DONE
     } else if threads::serve() {
+        // Not where no task came: nothing was left, and idle threads come often.
+        wipe_stack();
         DONE
     } else {
         IDLE

@@ -25,7 +25,7 @@ struct Environment {
 const TASKS_PER_SLOT: usize = 2;
 /// Most tasks of one loop.
 const MOST_TASKS: usize = 0xffff;
-/// Pauses that a worker waits for a loop before it leaves (docs/benchmarks.md, "Helping threads").
+/// Pauses that a worker waits for a loop before it leaves (docs/image.md, "Threads").
 const PATIENCE: u32 = 20_000;
 
 /// The posted loop: generation << 32 | tasks << 16 | next task. A task is taken by a compare-and-swap of the whole
