@@ -77,7 +77,7 @@ def compiled(net, shape, loss="cross-entropy", *, batch=4, seed=0, **options):
         y=y,
         loss=loss,
         cpu=cpu,
-        precision=options.get("precision", "float32"),
+        options=options,
     )
 
 
@@ -272,6 +272,19 @@ def test_linear_layers_of_any_shape(sizes, bias, batch, activation, seed):
     close(gradient(run, bound=0.1), oracle(T.Sequential(*theirs), run, bound=0.1))
 
 
+@pytest.mark.parametrize("branches", [3, 9, 14])
+def test_a_sum_of_many_convolutions_fits_the_kernels_that_add_it(branches):
+    def network(lib, residual):
+        layer = lib.Conv2d(2, 3, 3, 1, 1)
+        for _ in range(branches - 1):
+            layer = residual(lib.Conv2d(2, 3, 3, 1, 1), shortcut=layer)
+        return lib.Sequential(layer, lib.Tanh(), lib.Flatten(), lib.Linear(48, 3))
+
+    run = compiled(network(nn, nn.Residual), (2, 4, 4))
+    assert max(len(f.params) for f in run.program.kernels.values()) <= kernel_object.MAX_ARGUMENTS
+    close(gradient(run, bound=0.5), oracle(network(T, Residual), run, bound=0.5))
+
+
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     channels=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)),
@@ -300,16 +313,21 @@ BF16 = pytest.param(
 )
 
 
-BF16X3 = pytest.param("bf16x3", marks=BF16.marks)
-
-
-@pytest.fixture(scope="module", params=["float32", BF16, BF16X3])
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"stored_bytes": 0}, {"precision": "bf16"}, {"precision": "bf16x3"}],
+    ids=["stored", "gram", "bf16", "bf16x3"],
+)
 def mixed(request):
+    if request.param.get("precision", "float32") not in Cpu.native().precisions:
+        pytest.skip("this machine has no AVX-512 BF16")
     net = nn.Sequential(
         *(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten()),
         *(nn.Linear(36, 6), nn.ReLU(), nn.Linear(6, 3)),
     )
-    return compiled(net, (2, 8, 8), batch=4, precision=request.param)
+    run = compiled(net, (2, 8, 8), batch=4, **request.param)
+    assert ("gram" in dict(run.program.clipping).values()) == ("stored_bytes" in request.param)
+    return run
 
 
 def test_an_empty_batch_sums_to_exactly_zero(mixed):
@@ -346,6 +364,21 @@ def test_an_example_of_any_finite_size_stays_within_the_threshold(mixed, value):
         x[where] = value
         own = gradient(mixed, np.eye(4)[2], 0.1, x)
         assert np.sqrt(sum((g.astype(float) ** 2).sum() for g in own.values())) <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("activation", "pixel"), [(nn.Tanh, 1e30), (nn.Tanh, -1e20), (nn.ReLU, np.nan)]
+)
+def test_a_norm_that_overflows_in_a_gram_matrix_counts_exactly_zero(activation, pixel):
+    """Small weights: whatever follows the convolution looks harmless."""
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, 1, 1), activation(), nn.Flatten(), nn.Linear(256, 3))
+    run = compiled(net, (2, 8, 8), batch=2, stored_bytes=0)
+    assert dict(run.program.clipping)["0"] == "gram"
+    weights = run.model.parameters | {"0.weight": run.model.parameters["0.weight"] * 1e-4}
+    x = run.x * 1e3
+    x[0, 0, 0, 0] = pixel
+    found = run.outside.gradient(x, run.y, np.array([1, 0], np.float32), weights, 0.01)
+    assert not found.any()
 
 
 def test_a_label_outside_the_classes_counts_exactly_zero(mixed):
@@ -545,7 +578,7 @@ def test_the_same_model_makes_the_same_program(mixed):
         optimizer=SGD(lr=0.1),
         batch=4,
         cpu=mixed.cpu,
-        precision=mixed.precision,
+        **mixed.options,
     )
     assert again.description() == mixed.program.description()
     assert kernel_object.build(again.kernels, mixed.cpu) == kernel_object.build(

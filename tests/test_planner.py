@@ -112,7 +112,9 @@ def test_a_program_has_a_decision_for_every_call():
         )
         for budget in (planner.STORED_BYTES, 0)
     )
-    assert [d.kernel for d in program.decisions] == [call.kernel for call in program.gradient]
+    assert [d.kernel for d in program.decisions] == [
+        call.kernel for call in (*program.gradient, *program.update)
+    ]
     rows = {d.kernel.partition("_")[2]: d for d in program.decisions}
     assert rows["conv_relu"].layer == rows["conv_stored"].layer == rows["weighted_sum"].layer == "0"
     assert rows["conv_stored"].method == "stored"

@@ -29,7 +29,8 @@ WINOGRAD = ("winograd", "winograd bf16")
 class Work:
     """What a kernel does. `gflop` are 10⁹ operations of the direct algorithm: the same for each.
 
-    `algorithm` names it, "" where there is but one. Multiply-adds, each of a whole vector:
+    `algorithm` names it, for a linear layer the precision of its operands; "" where there is but
+    one. Multiply-adds, each of a whole vector:
     `products` of tiles in registers, `points` of Winograd's domain, `pairs` of Gram matrices,
     `dots` of two bf16 a lane. `steps` are all other vector instructions. `cold` are bytes of its
     arguments that no cache holds, because they were written long before or will be read long after;
@@ -235,7 +236,13 @@ def matrix(
     gflop, cold = 2e-9 * rows * depth * columns, 4 * depth * columns
     if precision != "float32":
         parts = 3 if precision == "bf16x3" else 1
-        return Work(gflop=gflop, dots=parts * products / 2, steps=parts * steps, cold=cold)
+        return Work(
+            gflop=gflop,
+            algorithm=precision,
+            dots=parts * products / 2,
+            steps=parts * steps,
+            cold=cold,
+        )
     return Work(gflop=gflop, products=products, steps=steps, cold=cold)
 
 

@@ -104,10 +104,10 @@ class Outside:
         for function, arguments in self._gradient:
             function(*arguments)
 
-    def time_gradient(self) -> list[float]:
-        """The same, and the seconds that each call takes, in the order of `Program.gradient`."""
+    def time_step(self) -> list[float]:
+        """The seconds that each call of a step takes, in the order of `Program.decisions`."""
         times = []
-        for function, arguments in self._gradient:
+        for function, arguments in (*self._gradient, *self._update):
             start = time.perf_counter()
             function(*arguments)
             times.append(time.perf_counter() - start)

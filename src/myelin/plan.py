@@ -50,8 +50,8 @@ __all__ = ["Outside", "Program", "compile_training"]
 
 Shape = tuple[int, ...]
 
-THREADS = 2
-"""Threads that times are predicted for; an image runs on as many as it was built with."""
+FUSED = 8
+"""Values that elementwise operators in one kernel read, so that none has too many arguments."""
 ARENA_LIMIT = (1 << 32) - 64
 """Bytes of an arena: the enclave keeps offsets in 32 bits."""
 
@@ -66,14 +66,16 @@ def compile_training(
     precision: Precision = "float32",
     private: bool = True,
     stored_bytes: int = planner.STORED_BYTES,
+    threads: int = 2,
     dump: Path | None = None,
 ) -> Program:
     """Derive the training graph of `model` and plan it for physical batches of `batch` examples.
 
     `private=False` leaves norms and factors out and sums the unmasked examples' gradients: a
     baseline, never an image. `precision` is one of `cpu.precisions`. `stored_bytes` bounds the
-    memory for the stored per-example gradients of all convolutions together. `dump` receives the IR
-    after each pass, one file each. Raises ModelRefused or UnsupportedLayer, or BoundsError where a
+    memory for the stored per-example gradients of all convolutions together. `threads` are those
+    that times are predicted for; nothing else depends on them. `dump` receives the IR after each
+    pass, one file each. Raises ModelRefused or UnsupportedLayer, or BoundsError where a
     kernel cannot be shown to be safe.
     """
     if precision not in cpu.precisions:
@@ -98,7 +100,10 @@ def compile_training(
     forward = model.relax(batch)
     recorder("import", forward)
     graph = training.training_graph(forward, objective, record=recorder)
-    return _plan(model, forward, graph, objective, optimizer, batch, cpu, recorder)
+    library = Kernels(
+        cpu=cpu, precision=precision, linear=clipping.LINEAR[precision], threads=threads
+    )
+    return _plan(model, forward, graph, objective, optimizer, batch, library, recorder)
 
 
 def _plan(
@@ -108,7 +113,7 @@ def _plan(
     objective: Objective,
     optimizer: Optimizer,
     batch: int,
-    cpu: Cpu,
+    library: Kernels,
     recorder: _Recorder,
 ) -> Program:
     parameters = place({n: (s, model.layout(n)) for n, s in model.shapes.items()})
@@ -138,12 +143,6 @@ def _plan(
         return [Value(Buffer(bytes=p.bytes, offset=at + p.offset), p.stored) for p in parameters]
 
     methods = dict(clipping.methods(forward, objective))
-    precision = objective.precision
-    library = Kernels(
-        cpu=cpu,
-        precision=precision,
-        linear=clipping.LINEAR[precision],
-    )
     x = Value(fixed("x"), (batch, *model.input))
     labels = Value(fixed("y"), (batch,) if label_bytes == 4 else (batch, model.outputs))
     mask, hyper = Value(fixed("mask"), (batch,)), Value(fixed("hyper"), (HYPER,))
@@ -155,7 +154,7 @@ def _plan(
     gradient.run([x, *weight_values, labels, mask, hyper], sums)
     predict = Lowering(library, forward["main"])
     predict.run([x, *weight_values], [output])
-    update = library.add("update", ("update",), lambda: optimizer.kernel(cpu, weights))
+    update = library.add("update", ("update",), lambda: optimizer.kernel(library.cpu, weights))
     steps = [fixed(name).offset for name in ("weights", "state", "gradient", "hyper")]
 
     ends = [allocate(lowering.steps, base) for lowering in (gradient, predict)]
@@ -181,7 +180,10 @@ def _plan(
         optimizer=optimizer,
         additions=clipping.additions(forward, objective),
         clipping=tuple(methods.items()),
-        decisions=_decisions(gradient, [x, *weight_values], sums, parameters, methods),
+        decisions=(
+            *_decisions(gradient, [x, *weight_values], sums, parameters, methods),
+            _decision(library, update, "", "none"),
+        ),
     )
     recorder.program(program)
     for kernel in program.kernels.values():
@@ -213,20 +215,22 @@ def _decisions(
     rows = []
     for layer, (name, buffers) in zip(direct, lowering.steps, strict=True):
         found = layer or next((readers[id(b)] for b in reversed(buffers) if id(b) in readers), "")
-        known = lowering.library.costs[name]
-        rows.append(
-            Decision(
-                layer=found,
-                kernel=name,
-                method=methods.get(found, "none"),
-                algorithm=known.work.algorithm,
-                threads=known.threads,
-                gflop=known.work.gflop,
-                ms=known.ms,
-                bytes=sum(b.bytes for b in buffers),
-            )
-        )
+        rows.append(_decision(lowering.library, name, found, methods.get(found, "none")))
     return tuple(rows)
+
+
+def _decision(library: Kernels, kernel: str, layer: str, method: planner.Method) -> Decision:
+    known = library.costs[kernel]
+    return Decision(
+        layer=layer,
+        kernel=kernel,
+        method=method,
+        algorithm=known.work.algorithm,
+        threads=known.threads,
+        gflop=known.work.gflop,
+        ms=known.ms,
+        bytes=sum(kernel_object.argument_bytes(library.functions[kernel])),
+    )
 
 
 @dataclass(eq=False)
@@ -291,6 +295,7 @@ class Kernels:
     cpu: Cpu
     precision: Precision
     linear: Any
+    threads: int
     functions: dict[str, Any] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
     _names: dict[Any, str] = field(default_factory=dict)
@@ -314,7 +319,7 @@ class Kernels:
             function = self.functions[name] = build().with_attr("global_symbol", name)
             size = sum(kernel_object.argument_bytes(function))
             work = work or cost.elementwise(self.cpu, size // 4, 1)
-            threads = THREADS if is_parallel(function) else 1
+            threads = self.threads if is_parallel(function) else 1
             ms = cost.RATES[self.cpu.level].milliseconds(
                 work, size if moved is None else moved, threads=threads
             )
@@ -544,6 +549,10 @@ class Lowering:
         elif isinstance(value, relax.Tuple):
             return
         elif operator(value) in ELEMENTWISE:
+            if len(list(self._leaves(value))) > FUSED:
+                for operand in value.args:
+                    if isinstance(self.values.get(operand), Lazy) and operand.ty.dtype != "bool":
+                        self.value(operand)
             stored = _stored(_dims(var))
             self.values[var] = Lazy(value, stored)
             if self._keeps(var):
@@ -702,7 +711,8 @@ def _like(x: Any, value: Any) -> Any:
 
 
 def _relu(a: Any) -> Any:
-    return select(a > _like(a, 0.0), a, _like(a, 0.0))
+    # NaN stays NaN, so that norms further on see it as well.
+    return select(a < _like(a, 0.0), _like(a, 0.0), a)
 
 
 def _gelu(a: Any) -> Any:

@@ -29,12 +29,12 @@ STORED_BYTES = 128 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """A kernel call of the gradient: whose layer it is, what was chosen, what it costs.
+    """A kernel call of the gradient or the update: whose layer, what was chosen, what it costs.
 
-    `layer` is "" for what belongs to none (loss, clip factors). `method` is how the layer's norm is
-    taken, `algorithm` how this kernel computes, "" where there is but one way. `threads` is 1 where
-    waking others would take longer. `gflop` are 10⁹ operations as the direct algorithm does them,
-    `ms` is for two threads, `bytes` are those of the kernel's arguments.
+    `layer` is "" for what belongs to none (loss, clip factors, update). `method` is how the layer's
+    norm is taken, `algorithm` how this kernel computes, "" where there is but one way. `threads` is
+    1 where waking others would take longer. `gflop` are 10⁹ operations as the direct algorithm does
+    them, `ms` is for the threads of the plan, `bytes` are those of the kernel's arguments.
     """
 
     layer: str

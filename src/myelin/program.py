@@ -27,7 +27,7 @@ class Program:
     `buffers` maps x, y, mask, hyper, weights, gradient, state and output to (offset, bytes) in an
     arena of `arena` bytes. `features` is the number of float32 of one example, `additions` the
     longest chain of float32 additions over the examples of one physical batch. `decisions` has a
-    row for every call of `gradient`.
+    row for every call of `gradient`, then of `update`.
     """
 
     kernels: Mapping[str, Any]

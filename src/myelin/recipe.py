@@ -202,6 +202,7 @@ def plan(document: bytes) -> Program:
         cpu=Cpu.named(recipe.cpu),
         precision=recipe.precision,
         stored_bytes=recipe.stored_bytes,
+        threads=recipe.threads,
     )
 
 

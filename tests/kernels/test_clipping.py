@@ -55,6 +55,28 @@ def test_norms_that_are_not_finite_give_exactly_zero(cpu, call):
     assert c[5] == 0
 
 
+@pytest.mark.parametrize(
+    ("s", "t"),
+    [
+        *((np.nan, 1.0), (np.nan, np.inf), (1.0, np.nan), (np.nan, np.nan)),
+        *((-np.inf, 1.0), (-np.inf, np.inf), (np.inf, 1.0), (1.0, np.inf)),
+    ],
+)
+def test_gram_norms_that_are_not_finite_give_exactly_zero(cpu, call, s, t):
+    squares, largest = np.ones(N, np.float32), np.ones(N, np.float32)
+    squares[::2], largest[::2] = s, t
+    term, mask = np.full(N, 1e-9, np.float32), np.ones(N, np.float32)
+    kernel = clipping.clip_factors(cpu, N, 1, 1, inflation=[0.0], kappa=[1e-5])
+    c = call(kernel, mask, hyper(1.0), term, squares, largest)
+    assert not c[::2].any()
+    assert c[1::2].all()
+    sums = call(
+        clipping.norm_sum(cpu, N, 1, 1, inflation=[0.0], kappa=[1e-5]), term, squares, largest
+    )
+    assert not np.isfinite(sums[::2]).any()
+    assert np.isfinite(sums[1::2]).all()
+
+
 def test_gram_square_below_zero_by_cancellation_is_still_bounded(cpu, call):
     s, t = np.full(4, -1e-6, np.float32), np.full(4, 1.0, np.float32)
     kernel = clipping.clip_factors(cpu, 4, 0, 1, inflation=[], kappa=[1e-5])

@@ -177,9 +177,11 @@ def _upper_bound(
     for j, excess in enumerate(kappa):
         square = load(norms[terms + 2 * j], at, lanes=lanes)
         largest = load(norms[terms + 2 * j + 1], at, lanes=lanes)
-        # Cancellation can leave a negative square.
-        raised = square + largest * number(_round_up(excess * (1 + own)))
-        bound = bound + T.max(raised, splat(0.0, lanes)) * number(_round_up(1 + own))
+        # Cancellation can leave a negative square. TVM's max would make 0 of NaN, so what is not
+        # finite goes around it.
+        raised = T.bind(square + largest * number(_round_up(excess * (1 + own))))
+        positive = select(is_finite(raised), T.max(raised, splat(0.0, lanes)), raised)
+        bound = bound + positive * number(_round_up(1 + own))
     return T.bind(bound)
 
 

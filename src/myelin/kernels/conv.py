@@ -42,6 +42,7 @@ from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
 from myelin.kernels.epilogue import PLAIN, Epilogue
+from myelin.kernels.functions import is_finite
 from myelin.kernels.gram import gram_kappa, gram_norm
 from myelin.kernels.tiles import (
     MOST_SQUARES,
@@ -248,8 +249,9 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
     """xp[n,hp,wp,ci], d[n,oh,ow,co], c[n], scratch → g[kh,kw,ci,co] = Σ_i c_i g_i.
 
     g_i is complete, all pixels summed, before it is multiplied by c_i and added: so rounding of the
-    sum over examples is relative to clipped gradients. Where c_i is 0 nothing is added, whatever
-    the example holds. Scratch, laid out as g, holds the sum of a run of examples.
+    sum over examples is relative to clipped gradients. A number that is not finite adds nothing, so
+    none does where c_i is 0, whatever the example holds. Scratch, laid out as g, holds the sum of a
+    run of examples.
     """
     shapes = {"c": (conv.n,), "scratch": (conv.weights,), "g": (conv.weights,)}
     with Kernel(xp=_padded(conv), d=_output(conv), **shapes) as kernel:
@@ -271,8 +273,7 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
                                 v, ch = taps[row]
                                 at = flat(conv, kh, kw + v, ci + ch, co + offset)
                                 clipped = splat(factor, lanes) * tile.get(row, vector)
-                                out = splat(factor, lanes) == splat(0.0, lanes)
-                                kept = select(out, splat(0.0, lanes), clipped)
+                                kept = select(is_finite(clipped), clipped, splat(0.0, lanes))
                                 store(scratch, load(scratch, at, lanes=lanes) + kept, at)
                     for at, lanes in _weight_vectors(conv, *own):
                         run_sum = load(scratch, at, lanes=lanes)
