@@ -1,23 +1,23 @@
 """`make bench`: examples per second beside PyTorch and Opacus, in one run on one machine.
 
 `python -m benchmarks [--models NAME,…|all] [--rounds N] [--seconds S] [--page [--steps N]]`. Every
-row is measured in a process of its own, two threads, rounds interleaved; a row's time is the median
-of its rounds' medians. Writes build/bench.json. `--page` measures the cost of privacy by layer,
-threads, loading, scaling and accuracy as well and writes docs/benchmarks.md and its pictures.
+row is a process of its own with two threads; all of a model work in turn (`benchmarks.burst`), and
+a row's time is the median of its rounds' medians. Writes build/bench.json. `--page` measures
+memory, kernels, the cost of privacy by layer, threads, loading, scaling and accuracy as well and
+writes docs/benchmarks.md and its pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, kernels, load, pictures, report, scaling, threads
+from benchmarks import accuracy, kernels, load, memory, pictures, report, scaling, threads
+from benchmarks.burst import Row, RowFailed
 from benchmarks.models import SMALL, cases_named
 from benchmarks.report import BUILD, PICTURES, ROOT, Section, Table
 from myelin.cpu import Cpu
@@ -34,8 +34,10 @@ PLAN = [
     ("ours", "cell", "float32"),
     *(("ours", "cell", "bf16") for _ in range("bf16" in Cpu.native().precisions)),
 ]
-IDENTITY = ("model", "batch", "system", "mode", "precision", "private")
-FORM = (*IDENTITY, "median_ms", "examples_per_second", "peak_mib")
+FORM = (
+    *("model", "batch", "system", "mode", "precision", "private"),
+    *("median_ms", "examples_per_second", "peak_mib"),
+)
 NONE = float("nan")
 
 
@@ -43,8 +45,8 @@ def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(case.name.split()[0] for case in SMALL))
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--page", action="store_true", help="write docs/benchmarks.md")
     parser.add_argument("--steps", type=int, default=accuracy.STEPS, help="of the loss curves")
     asked = parser.parse_args()
@@ -58,6 +60,8 @@ def main() -> None:
         sections = [speed(rows, folder)]
         sections[0].print()
         for more in (
+            lambda: memory.section(cases),
+            lambda: kernels.roofline(cases, asked.seconds, worst=5),
             lambda: kernels.cost_by_layer(cases, asked.seconds, folder),
             lambda: threads.speedup(cases, asked.seconds),
             lambda: threads.limits(asked.seconds),
@@ -83,40 +87,32 @@ def facts(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure(case: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """The rows of one model, medians over interleaved rounds."""
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    """The rows of one model: all made, then timed in turn, round after round."""
+    rows: list[tuple[Row, list[dict[str, float]]]] = []
+    for module, mode, precision in PLAN:
+        report.say(f"{case}: {mode} {precision}, getting ready")
+        try:
+            rows.append((Row(module, case, mode, precision), []))
+        except RowFailed as reason:
+            print(f"\n{case}: {mode} {precision}: did not run: {reason}", file=sys.stderr)
     for round_ in range(rounds):
-        for module, mode, precision in PLAN:
-            what = f"{case}: {mode} {precision}, round {round_ + 1} of {rounds}"
-            report.say(what)
-            done = subprocess.run(
-                [
-                    *(sys.executable, "-m", f"benchmarks.{module}"),
-                    *(case, mode, str(seconds), precision),
-                ],
-                capture_output=True,
-                text=True,
-                cwd=ROOT,
-                env=os.environ | {"TVM_NUM_THREADS": str(report.THREADS)},
-                check=False,
-            )
-            if done.returncode:
-                reason = (done.stderr.strip().splitlines() or ["no words"])[-1]
-                print(f"\n{what}: did not run: {reason}", file=sys.stderr)
-                continue
-            row = json.loads(done.stdout.splitlines()[-1])
-            found.setdefault(tuple(row[name] for name in IDENTITY), []).append(row)
+        report.say(f"{case}: round {round_ + 1} of {rounds}")
+        for row, medians in rows:
+            times = row.burst(seconds)
+            medians.append({name: 1e3 * statistics.median(same) for name, same in times.items()})
     report.say("")
-    return [median(same) for same in found.values()]
+    return [finished(row.end(), medians) for row, medians in rows]
 
 
-def median(same: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row of several rounds."""
-    row = dict(same[0])
-    for name, value in row.items():
-        if isinstance(value, float):
-            row[name] = statistics.median(each[name] for each in same)
-    row["examples_per_second"] = row["batch"] / row["median_ms"] * 1e3
+def finished(facts: dict[str, Any], medians: list[dict[str, float]]) -> dict[str, Any]:
+    """A row of the table: medians over rounds."""
+    ms = {name: statistics.median(each[name] for each in medians) for name in medians[0]}
+    row = facts | {
+        "median_ms": ms["step"],
+        "examples_per_second": facts["batch"] / ms["step"] * 1e3,
+    }
+    if "rest" in ms:
+        row["kernels_ms"] = statistics.median(each["step"] - each["rest"] for each in medians)
     return row
 
 

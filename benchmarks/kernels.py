@@ -1,8 +1,9 @@
 """`make bench-kernels`: every kernel against what this machine can do, the worst one first.
 
-`python -m benchmarks.kernels [--models NAME,…|all] [--seconds S]`. The machine's limits are found
-in the same run, by kernels compiled in the same way: a loop of fused multiply-adds on registers
-only, the same of bf16 dot products where the CPU has them, copies in cache and in memory.
+`python -m benchmarks.kernels [--models NAME,…|all] [--precision P] [--seconds S]`. The machine's
+limits are found in the same run, by kernels compiled in the same way: a loop of fused multiply-adds
+on registers only, the same of bf16 dot products where the CPU has them, copies in cache and in
+memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from benchmarks import pictures, report
 from benchmarks.models import Case, cases_named
 from benchmarks.report import THREADS, Section, Table
 from myelin import nn
-from myelin.cpu import Cpu
+from myelin.cpu import Cpu, Precision
 from myelin.kernels import object as kernel_object
 from myelin.kernels.tir import Kernel, load, local, serial, store
 from myelin.model import load as load_model
@@ -68,17 +69,24 @@ class Limits:
         """The copy that `size` bytes compare with."""
         return self.cache_gbytes if size <= self.cache else self.memory_gbytes
 
-    def ms(self, gflop: float, size: int) -> float:
+    def peak(self, algorithm: str) -> float:
+        """The 10⁹ operations a second that an algorithm compares with, by its operands."""
+        mixed = "bf16" in algorithm and self.bf16_gflops is not None
+        return self.bf16_gflops if mixed else self.gflops  # type: ignore[return-value]
+
+    def ms(self, call: Timed) -> float:
         """The roofline: what computing or moving takes at least."""
-        return max(1e3 * gflop / self.gflops, size / self.gbytes(size) / 1e6)
+        computing = 1e3 * call.gflop / self.peak(call.algorithm)
+        return max(computing, call.bytes / self.gbytes(call.bytes) / 1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """A call of a program's gradient: what the planner says of it, and its median milliseconds."""
+    """A call of a step's kernel: what the planner says of it, and its median milliseconds."""
 
     layer: str
     kernel: str
+    algorithm: str
     gflop: float
     predicted_ms: float
     bytes: int
@@ -89,14 +97,17 @@ def main() -> None:
     """Measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="all")
+    parser.add_argument("--precision", default="float32", choices=Cpu.native().precisions)
     parser.add_argument("--seconds", type=float, default=2.0)
     asked = parser.parse_args()
     with report.alone():
-        roofline(cases_named(asked.models), asked.seconds).print()
+        roofline(cases_named(asked.models), asked.seconds, asked.precision).print()
 
 
-def timed(case: Case, seconds: float, *, private: bool = True) -> list[Timed]:
-    """Each call of a model's gradient, timed where it stands between the others."""
+def timed(
+    case: Case, seconds: float, *, private: bool = True, precision: Precision = "float32"
+) -> list[Timed]:
+    """Each call of a model's step, timed where it stands between the others."""
     cpu = Cpu.native()
     model = load_model(case.layers(nn), case.shape)
     program = compile_training(
@@ -105,6 +116,7 @@ def timed(case: Case, seconds: float, *, private: bool = True) -> list[Timed]:
         optimizer=SGD(lr=0.01),
         batch=case.batch,
         cpu=cpu,
+        precision=precision,
         private=private,
     )
     outside = Outside(program, cpu)
@@ -115,11 +127,12 @@ def timed(case: Case, seconds: float, *, private: bool = True) -> list[Timed]:
     rounds = []
     until = time.perf_counter() + seconds
     while len(rounds) < 5 or time.perf_counter() < until:
-        rounds.append(outside.time_gradient())
+        rounds.append(outside.time_step())
     return [
         Timed(
             layer=decision.layer,
             kernel=decision.kernel,
+            algorithm=decision.algorithm,
             gflop=decision.gflop,
             predicted_ms=decision.ms,
             bytes=decision.bytes,
@@ -129,24 +142,50 @@ def timed(case: Case, seconds: float, *, private: bool = True) -> list[Timed]:
     ]
 
 
-def roofline(cases: Sequence[Case], seconds: float) -> Section:
-    """Kernels of each model by the time that they lose against the machine's limits."""
+def roofline(
+    cases: Sequence[Case],
+    seconds: float,
+    precision: Precision = "float32",
+    worst: int | None = None,
+) -> Section:
+    """Kernels of each model by the time that they lose against the machine's limits.
+
+    All of them, or the `worst` of each model.
+    """
     limits = measure_limits(Cpu.native(), seconds)
-    tables = [limit_table(limits)]
+    calls = {}
     for case in cases:
         report.say(f"{case.name}: kernels")
-        tables.append(kernel_table(case, timed(case, seconds), limits))
+        calls[case] = timed(case, seconds, precision=precision)
     report.say("")
     return Section(
         title="Kernels against the machine",
         text=(
-            "Calls of a private gradient, each timed where it stands in the step. Kernels are "
+            f"Calls of a private step outside the cell, without gather and noise, {precision}, "
+            "each timed where it stands in the step. Kernels are "
             "sorted by the time they lose: their own less that of the limit which binds them, "
             "arithmetic or copying. Operations are those of the direct algorithm, so Winograd "
             "convolutions may pass 100 %; bytes are those of a call's arguments, so data from "
             "the cache may."
         ),
-        tables=tables,
+        tables=[
+            limit_table(limits),
+            prediction_table(calls),
+            *(kernel_table(case, found, limits, worst) for case, found in calls.items()),
+        ],
+    )
+
+
+def prediction_table(calls: Mapping[Case, Sequence[Timed]]) -> Table:
+    """What the planner's cost model says of each step, and what it took."""
+    rows = []
+    for case, found in calls.items():
+        predicted, ms = (sum(getattr(c, n) for c in found) for n in ("predicted_ms", "ms"))
+        rows.append((case.name, f"{predicted:.2f}", f"{ms:.2f}", f"{predicted / ms:.2f}"))
+    return Table(
+        title="The planner's predictions",
+        columns=("model", "predicted, ms", "measured, ms", "predicted ÷ measured"),
+        rows=rows,
     )
 
 
@@ -160,17 +199,16 @@ def limit_table(limits: Limits) -> Table:
     return Table(title="Limits of this machine, now", columns=("what", "limit"), rows=rows)
 
 
-def kernel_table(case: Case, calls: Sequence[Timed], limits: Limits) -> Table:
+def kernel_table(
+    case: Case, calls: Sequence[Timed], limits: Limits, worst: int | None = None
+) -> Table:
     """A row for each kernel of a model, the one that loses most time first."""
     same: dict[str, list[Timed]] = defaultdict(list)
     for call in calls:
         same[call.kernel].append(call)
-    lost = {
-        name: sum(call.ms - limits.ms(call.gflop, call.bytes) for call in group)
-        for name, group in same.items()
-    }
+    lost = {name: sum(call.ms - limits.ms(call) for call in group) for name, group in same.items()}
     rows = []
-    for name in sorted(same, key=lambda name: -lost[name]):
+    for name in sorted(same, key=lambda name: -lost[name])[:worst]:
         group = same[name]
         ms = sum(call.ms for call in group)
         gflops = 1e3 * sum(call.gflop for call in group) / ms
@@ -185,7 +223,7 @@ def kernel_table(case: Case, calls: Sequence[Timed], limits: Limits) -> Table:
                 f"{ms:.3f}",
                 f"{lost[name]:.3f}",
                 f"{gflops:.1f}",
-                f"{100 * gflops / limits.gflops:.0f} %",
+                f"{100 * gflops / limits.peak(group[0].algorithm):.0f} %",
                 f"{gbytes:.1f}",
                 f"{100 * gbytes / copy:.0f} %",
                 f"{sum(call.predicted_ms for call in group) / ms:.2f}",

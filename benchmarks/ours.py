@@ -1,6 +1,6 @@
 """Myelin's rows: kernels outside the cell, and whole private steps inside it.
 
-`python -m benchmarks.ours CASE MODE SECONDS PRECISION` prints one JSON line; MODE is one of
+`python -m benchmarks.ours CASE MODE PRECISION` is a row's process (`benchmarks.burst`); MODE is of
 
     outside          gradient and update without privacy, through TVM's own runtime
     outside-private  the same with norms and clipping, without noise
@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import statistics
@@ -23,6 +22,7 @@ os.environ.setdefault("TVM_NUM_THREADS", "2")
 
 import numpy as np
 
+from benchmarks.burst import serve, timed
 from benchmarks.models import Case, case_named
 from benchmarks.step import Run, build
 from myelin import nn
@@ -38,28 +38,20 @@ OPTIMIZER = SGD(lr=0.01, momentum=0.9)
 
 
 def main() -> None:
-    """Runs one mode of one case."""
-    case, mode, seconds = case_named(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-    precision = cast(Precision, sys.argv[4])
-    measure = _cell if mode == "cell" else _outside
-    times, peak, more = measure(case, mode, seconds, precision)
-    median = statistics.median(times)
-    print(
-        json.dumps(
-            {
-                "model": case.name,
-                "batch": case.batch,
-                "system": "myelin",
-                "mode": mode.removesuffix("-private"),
-                "precision": precision,
-                "private": mode != "outside",
-                "median_ms": 1e3 * median,
-                "examples_per_second": case.batch / median,
-                "peak_mib": peak,
-                **more,
-            }
-        )
-    )
+    """Serves one mode of one case."""
+    case, mode, precision = case_named(sys.argv[1]), sys.argv[2], cast(Precision, sys.argv[3])
+    identity = {
+        "model": case.name,
+        "batch": case.batch,
+        "system": "myelin",
+        "mode": mode.removesuffix("-private"),
+        "precision": precision,
+        "private": mode != "outside",
+    }
+    if mode == "cell":
+        _serve_cell(case, precision, identity)
+    else:
+        _serve_outside(case, precision, identity)
 
 
 def _data(case: Case) -> tuple[Any, Any]:
@@ -68,9 +60,7 @@ def _data(case: Case) -> tuple[Any, Any]:
     return x, generator.integers(0, case.classes, case.batch).astype(np.int32)
 
 
-def _outside(
-    case: Case, mode: str, seconds: float, precision: Precision
-) -> tuple[list[float], float, dict[str, Any]]:
+def _serve_outside(case: Case, precision: Precision, identity: dict[str, Any]) -> None:
     cpu = Cpu.native()
     model = load(case.layers(nn), np.zeros((1, *case.shape), np.float32))
     program = compile_training(
@@ -80,50 +70,54 @@ def _outside(
         batch=case.batch,
         cpu=cpu,
         precision=precision,
-        private=mode != "outside",
+        private=identity["private"],
     )
     outside = Outside(program, cpu)
     x, y = _data(case)
     outside.gradient(x, y, np.ones(case.batch, np.float32), model.parameters, 1.0)
     for _ in range(3):
         outside.step()
-    times: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(times) < 10 or time.perf_counter() < until:
-        start = time.perf_counter()
-        outside.step()
-        times.append(time.perf_counter() - start)
-    return times, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, {}
+
+    def facts() -> dict[str, Any]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return identity | {"peak_mib": peak}
+
+    serve(lambda seconds: {"step": timed(outside.step, seconds)}, facts)
 
 
-def _cell(
-    case: Case, mode: str, seconds: float, precision: Precision
-) -> tuple[list[float], float, dict[str, Any]]:
-    """Records = batch, so sample_rate is 1 and a step exactly one physical batch."""
+def _serve_cell(case: Case, precision: Precision, identity: dict[str, Any]) -> None:
+    """Records = batch, so sample_rate is 1 and a step exactly one physical batch.
+
+    "rest" is the time of the same without kernels: gather, sampling and noise.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         start = time.perf_counter()
         built = build(case, case.batch, folder / "whole", precision=precision)
-        facts = {
-            "build_seconds": time.perf_counter() - start,
-            "image_bytes": len(built.image.content),
-        }
+        build_seconds = time.perf_counter() - start
         launches = []
         for _ in range(LAUNCHES):
             run = Run(built, case, case.batch, "process")
             launches.append(run.launch_ms)
             run.cell.close()
-        facts["launch_ms"] = statistics.median(launches)
-        run = Run(built, case, case.batch, "process").load()
-        times, peak = run.times(seconds), peak_mib(run.cell.pid)
-        run.cell.close()
-        # The same without kernels: what is left is gather, sampling and noise.
         parts = ("gradient", "update")
         bare = build(case, case.batch, folder / "bare", *parts, precision=precision)
-        run = Run(bare, case, case.batch, "process").load()
-        left = run.step()
-        run.cell.close()
-        return times, peak, facts | {"kernels_ms": 1e3 * statistics.median(times) - left}
+        whole = Run(built, case, case.batch, "process").load()
+        rest = Run(bare, case, case.batch, "process").load()
+
+        def burst(seconds: float) -> dict[str, list[float]]:
+            return {"step": whole.times(seconds), "rest": rest.times(seconds / 4)}
+
+        def facts() -> dict[str, Any]:
+            return identity | {
+                "peak_mib": peak_mib(whole.cell.pid),
+                "build_seconds": build_seconds,
+                "image_bytes": len(built.image.content),
+                "launch_ms": statistics.median(launches),
+            }
+
+        with whole.cell, rest.cell:
+            serve(burst, facts)
 
 
 def peak_mib(pid: int) -> float:

@@ -1,20 +1,19 @@
 """PyTorch without privacy and Opacus with it, as child processes so that peak memory is their own.
 
-`python -m benchmarks.peers CASE MODE SECONDS PRECISION` prints one JSON line.
+`python -m benchmarks.peers CASE MODE PRECISION` is a row's process (`benchmarks.burst`).
 """
 
 from __future__ import annotations
 
-import json
 import resource
-import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from benchmarks.burst import serve, timed
 from benchmarks.models import Case, case_named
 from benchmarks.report import THREADS
 
@@ -22,37 +21,27 @@ MODES = ("eager", "channels_last", "compile", "hooks", "ghost")
 
 
 def main() -> None:
-    """Runs one mode of one case."""
-    case = case_named(sys.argv[1])
-    mode = sys.argv[2]
-    seconds, precision = float(sys.argv[3]), sys.argv[4]
+    """Serves one mode of one case."""
+    case, mode, precision = case_named(sys.argv[1]), sys.argv[2], sys.argv[3]
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
     step = _step(case, mode, precision)
     for _ in range(5):
         step()
-    times = []
-    until = time.perf_counter() + seconds
-    while len(times) < 10 or (time.perf_counter() < until and len(times) < 400):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    print(
-        json.dumps(
-            {
-                "model": case.name,
-                "batch": case.batch,
-                "system": "opacus" if mode in ("hooks", "ghost") else "pytorch",
-                "mode": mode,
-                "precision": precision,
-                "private": mode in ("hooks", "ghost"),
-                "median_ms": 1e3 * statistics.median(times),
-                "examples_per_second": case.batch / statistics.median(times),
-                "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            }
-        )
-    )
+
+    def facts() -> dict[str, Any]:
+        return {
+            "model": case.name,
+            "batch": case.batch,
+            "system": "opacus" if mode in ("hooks", "ghost") else "pytorch",
+            "mode": mode,
+            "precision": precision,
+            "private": mode in ("hooks", "ghost"),
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+
+    serve(lambda seconds: {"step": timed(step, seconds)}, facts)
 
 
 def _step(case: Case, mode: str, precision: str) -> Callable[[], None]:

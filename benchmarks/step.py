@@ -29,7 +29,7 @@ from myelin.enclave import Enclave
 from myelin.evidence import Evidence
 from myelin.grant import grant
 
-REPEATS, MOST_STEPS = 5, 20_000
+REPEATS, MOST_STEPS = 5, 500_000
 NONCE = bytes(32)
 
 
@@ -71,7 +71,7 @@ class Run:
         self.built, self.owner = built, myelin.Party.generate("owner")
         privacy = myelin.Privacy.for_records(
             records,
-            noise_multiplier=100.0,
+            noise_multiplier=1000.0,
             max_grad_norm=1.0,
             sample_rate=case.batch / records,
             steps=MOST_STEPS,

@@ -29,7 +29,7 @@ from myelin.cpu import Cpu
 FOREVER = 2**32 - 1
 LIMITS = (0, 1_000, 5_000, 20_000, 100_000, FOREVER)
 BESIDE = (0, 1, 2)
-ROUNDS = 3
+ROUNDS = 5
 SPIN = [sys.executable, "-c", "while True: pass"]
 PATIENCE = re.compile(r"(?<=^const PATIENCE: u32 = )[0-9_]+(?=;$)", re.MULTILINE)
 
@@ -70,7 +70,8 @@ def limits(seconds: float) -> Section:
                 for case in SMALL:
                     report.say(f"{case.name} beside {beside}")
                     of = {limit: runs[case.name, limit] for limit in LIMITS}
-                    rows.append((case.name, str(beside), *milliseconds(of, seconds)))
+                    found = (f"{ms:.2f}" for ms in medians(of, seconds))
+                    rows.append((case.name, str(beside), *found))
     report.say("")
     return Section(
         title="Helping threads: how long they wait inside",
@@ -95,27 +96,28 @@ def limits(seconds: float) -> Section:
     )
 
 
-def milliseconds(runs: dict[int, Run], seconds: float) -> list[str]:
-    """Of a step of each run, rounds in turn."""
-    times: dict[int, list[float]] = {limit: [] for limit in runs}
+def medians(runs: dict[int, Run], seconds: float) -> list[float]:
+    """Milliseconds of a step of each run, rounds in turn."""
+    times: dict[int, list[float]] = {key: [] for key in runs}
     for _ in range(ROUNDS):
-        for limit, run in runs.items():
-            times[limit].append(statistics.median(run.times(seconds / ROUNDS)))
-    return [f"{1e3 * statistics.median(same):.2f}" for same in times.values()]
+        for key, run in runs.items():
+            times[key].append(statistics.median(run.times(seconds / ROUNDS)))
+    return [1e3 * statistics.median(same) for same in times.values()]
 
 
 def speedup(cases: list[Case], seconds: float) -> Section:
-    """One thread against two in the cell, and the rates that the machine has with each."""
+    """One thread against two in the cell, rounds in turn."""
     rows = []
     for case in cases:
-        ms = {}
-        for threads in (1, report.THREADS):
-            report.say(f"{case.name}, {threads} threads")
-            with tempfile.TemporaryDirectory() as folder:
-                built = build(case, case.batch, Path(folder), threads=threads)
-                with (run := Run(built, case, case.batch, "process")).cell:
-                    ms[threads] = 1e3 * statistics.median(run.load().times(seconds))
-        one, two = ms.values()
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as cells:
+            runs = {}
+            for threads in (1, report.THREADS):
+                report.say(f"{case.name}, {threads} threads")
+                built = build(case, case.batch, Path(folder, str(threads)), threads=threads)
+                run = Run(built, case, case.batch, "process")
+                cells.enter_context(run.cell)
+                runs[threads] = run.load()
+            one, two = medians(runs, seconds)
         rows.append((f"{case.name} ({case.batch})", f"{one:.2f}", f"{two:.2f}", f"{one / two:.2f}"))
     report.say("")
     return Section(

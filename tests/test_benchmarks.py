@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
 from benchmarks import __main__ as bench  # noqa: E402
-from benchmarks import accuracy, kernels, pictures, scaling, threads  # noqa: E402
+from benchmarks import accuracy, burst, kernels, pictures, scaling, threads  # noqa: E402
 from benchmarks.models import CASES, WIDENED, Case, case_named  # noqa: E402
 from benchmarks.report import Section, Table  # noqa: E402
 
@@ -105,10 +105,32 @@ def test_the_file_has_the_promised_form() -> None:
         ]
 
 
-def test_the_rows_of_all_rounds_become_their_median() -> None:
-    found = bench.median([row("myelin", "cell", "float32", True, ms) for ms in (4.0, 2.0, 3.0)])
+def test_a_row_is_the_median_of_its_rounds() -> None:
+    rounds = [{"step": 4.0, "rest": 0.5}, {"step": 2.0, "rest": 1.5}, {"step": 3.0, "rest": 0.25}]
+    found = bench.finished({"batch": 10, "mode": "cell"}, rounds)
     assert found["median_ms"] == 3.0
     assert found["examples_per_second"] == pytest.approx(10 / 3e-3)
+    assert found["kernels_ms"] == 2.75
+    assert "kernels_ms" not in bench.finished({"batch": 10}, [{"step": 4.0}])
+
+
+def test_a_row_works_when_asked_and_then_says_what_it_is() -> None:
+    row = burst.Row("peers", "mlp", "eager", "float32")
+    first = row.burst(0.0)
+    assert list(first) == ["step"]
+    assert len(first["step"]) == burst.LEAST
+    assert len(row.burst(1.0)["step"]) > burst.LEAST
+    facts = row.end()
+    assert facts.pop("peak_mib") > 10
+    assert facts == {
+        **{"model": "mlp 784-256-128-10", "batch": 256, "system": "pytorch", "mode": "eager"},
+        **{"precision": "float32", "private": False},
+    }
+
+
+def test_a_row_that_cannot_start_says_why() -> None:
+    with pytest.raises(burst.RowFailed, match="no model 'lenet'"):
+        burst.Row("peers", "lenet", "eager", "float32")
 
 
 def test_a_section_is_a_part_of_the_page(tmp_path) -> None:
@@ -157,7 +179,7 @@ LIMITS = kernels.Limits(
 
 def call(kernel: str, ms: float, *, gflop: float = 0.0, size: int = 0) -> kernels.Timed:
     return kernels.Timed(
-        layer="0", kernel=kernel, gflop=gflop, predicted_ms=ms / 2, bytes=size, ms=ms
+        layer="0", kernel=kernel, algorithm="", gflop=gflop, predicted_ms=ms / 2, bytes=size, ms=ms
     )
 
 

@@ -1,0 +1,102 @@
+"""Rows that wait for their turn: each in a process of its own, made once, timed in short bursts.
+
+Speed of a shared machine changes from one minute to the next, more than the rows differ. So all
+rows of a model are made first; then, round after round, each works for a second while the others
+sleep, and only rows of the same rounds are compared. A row's process calls `serve`; `Row` starts
+one and asks it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.report import ROOT, THREADS
+
+LEAST = 5
+"""Steps of a burst, however long they take."""
+
+
+class RowFailed(Exception):
+    """A row's process ended before it was asked to; says its last words."""
+
+
+class Row:
+    """A row's process. `burst` lets it work; `end` gives what it says of itself."""
+
+    def __init__(self, module: str, *words: str) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 lives as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", f"benchmarks.{module}", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"TVM_NUM_THREADS": str(THREADS)},
+        )
+        self._answer()
+
+    def burst(self, seconds: float) -> dict[str, list[float]]:
+        """Seconds of each step, under "step" and other names, of a burst of so many seconds."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{seconds}\n")
+        self._process.stdin.flush()
+        return dict(self._answer())
+
+    def end(self) -> dict[str, Any]:
+        """The row's other values; its process is over then."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        facts = dict(self._answer())
+        self._close()
+        return facts
+
+    def _answer(self) -> Any:
+        """One line of JSON after what else a library may print."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line.removeprefix(MARK))
+        self._errors.seek(0)
+        words = self._errors.read().strip().splitlines() or ["no words"]
+        self._close()
+        raise RowFailed(words[-1])
+
+    def _close(self) -> None:
+        with self._process, self._errors:
+            pass
+
+
+MARK = "row: "
+
+
+def serve(
+    burst: Callable[[float], dict[str, list[float]]], facts: Callable[[], dict[str, Any]]
+) -> None:
+    """Works for as long as each line of the standard input says, then tells `facts`."""
+    _tell(None)
+    for line in sys.stdin:
+        _tell(burst(float(line)))
+    _tell(facts())
+
+
+def _tell(what: Any) -> None:
+    print(MARK + json.dumps(what), flush=True)
+
+
+def timed(step: Callable[[], Any], seconds: float) -> list[float]:
+    """Seconds of each step, for so long."""
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(times) < LEAST or time.perf_counter() < until:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return times
