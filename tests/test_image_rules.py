@@ -262,7 +262,8 @@ def test_avx512_is_used_at_its_level_only(image: Image) -> None:
 
 def test_bfloat16_is_used_at_its_precision_only(image: Image) -> None:
     names = {row.name for body in image.functions.values() for row in body}
-    assert ("vdpbf16ps" in names) == (image.precision != "float32")
+    assert bool({"vdpbf16ps", "tdpbf16ps"} & names) == (image.precision != "float32")
+    assert "tdpbf16ps" not in names or image.level == "sapphirerapids"
 
 
 def test_the_deepest_chain_of_calls_leaves_stack_to_spare(image: Image) -> None:

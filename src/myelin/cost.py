@@ -96,7 +96,11 @@ RATES: Mapping[str, Rates] = {
     "znver4": _AVX512,
     "sapphirerapids": _AVX512,
 }
-"""Rates of each CPU level, fitted to the medians of the five models' kernels on an AMD Zen 4."""
+"""Rates of each CPU level, fitted to the medians of the five models' kernels on an AMD Zen 4.
+
+Those of sapphirerapids are not measured: its linear layers of bfloat16 run in tiles, and count here
+as if on vectors.
+"""
 
 
 # Convolutions. Winograd's transforms are counted in instructions a vector of channels.

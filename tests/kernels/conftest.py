@@ -14,7 +14,8 @@ from myelin.kernels import object as kernel_object
 os.environ.setdefault("TVM_NUM_THREADS", "2")
 
 
-# Templates know nothing of a level but its lanes: the levels of one family add no other kernels.
+# Templates know nothing of a level but its lanes, and what products of bfloat16 there are: those
+# have tests of their own.
 GENERIC = [cpu for cpu in LEVELS if cpu.runtime == cpu.level]
 
 

@@ -32,6 +32,11 @@ def foreign_words(x, y, i):
         store(y, load(x, i), i)
 
 
+def foreign_tile_words(x, y, i):
+    with T.attr(T.int32(0), "pragma_import_llvm", bf16.TILE_WORDS.replace("%a", "%b", 1)):
+        store(y, load(x, i), i)
+
+
 def foreign_function(x, y, i):
     store(y, T.call_pure_extern("float32", "getpid", load(x, i)), i)
 
@@ -70,6 +75,7 @@ def bound_data(x, y, i):
             "call is not one that computes a value",
         ),
         (foreign_words, "AttrStmt", "not one that this proof understands"),
+        (foreign_tile_words, "AttrStmt", "not one that this proof understands"),
         (foreign_function, "getpid", "function is not one of ours"),
         (
             lambda x, y, i: T.evaluate(T.call_extern("int32", "puts", x.data)),

@@ -97,6 +97,15 @@ def test_chains_count_three_products_an_example():
     assert split.weighted_gradient_additions(1) >= 3
 
 
+def test_chains_of_tiles_are_no_longer():
+    """c_i · d_i is rounded, then products are added to the first and sums to the first sum."""
+    for m in range(1, 1000):
+        products, sums = min(m, 32), -(-m // 32)
+        for templates, factor, terms in ((mixed, 1.0, 1), (split, 1.02, 3)):
+            roundings = 1 + (products - 1) + (terms * sums - 1)
+            assert templates.weighted_gradient_additions(m) >= factor * roundings
+
+
 def test_the_object_needs_nothing_that_the_runtime_lacks(cpu):
     kernels = {
         "a": split.matmul(cpu, 33, 50, 70, bias=True),

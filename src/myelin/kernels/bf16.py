@@ -11,6 +11,8 @@ and are for CPU levels with the feature `FEATURE` only: LLVM ends the process wh
 Rounding is to the nearest, to even; what is not finite stays so; subnormal numbers become zero. A
 product of two bfloat16 is exact in float32, so that each lane of `dot` adds two rounding errors of
 float32.
+
+The same for tiles of AMX (`TILE_WORDS`): vectors of 256 lanes, 16 rows of 16.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from tvm.script.ir_builder import tirx as T
 
 from myelin.kernels.functions import is_nan
 from myelin.kernels.tiles import Tile
-from myelin.kernels.tir import load, local, select, splat, store
+from myelin.kernels.tir import joined, select, splat
 
 FEATURE = "avx512_bf16"
 LANES = 16
@@ -70,18 +72,75 @@ define internal <8 x i32> @bf16_row(<16 x float> %row) alwaysinline nounwind mem
   ret <8 x i32> %r
 }
 """
+# LLVM makes loads of tiles of the casts, and nothing between a product and the next. A cast that it
+# could not replace makes LLVM 22 read freed memory: so sums leave tiles by `bf16_tile_numbers`.
+TILE_WORDS = """
+declare x86_amx @llvm.x86.cast.vector.to.tile.v256i32(<256 x i32>)
+declare x86_amx @llvm.x86.cast.vector.to.tile.v256f32(<256 x float>)
+declare <256 x float> @llvm.x86.cast.tile.to.vector.v256f32(x86_amx)
+declare x86_amx @llvm.x86.tdpbf16ps.internal(i16, i16, i16, x86_amx, x86_amx, x86_amx)
+declare void @llvm.x86.tilestored64.internal(i16, i16, ptr, i64, x86_amx)
+
+define internal <256 x float> @bf16_tile_dot(<256 x float> %sum, <256 x i32> %a, <256 x i32> %b)
+    alwaysinline nounwind memory(none) {
+  %s = call x86_amx @llvm.x86.cast.vector.to.tile.v256f32(<256 x float> %sum)
+  %x = call x86_amx @llvm.x86.cast.vector.to.tile.v256i32(<256 x i32> %a)
+  %y = call x86_amx @llvm.x86.cast.vector.to.tile.v256i32(<256 x i32> %b)
+  %t = call x86_amx @llvm.x86.tdpbf16ps.internal(
+      i16 16, i16 64, i16 64, x86_amx %s, x86_amx %x, x86_amx %y)
+  %r = call <256 x float> @llvm.x86.cast.tile.to.vector.v256f32(x86_amx %t)
+  ret <256 x float> %r
+}
+
+define internal <256 x float> @bf16_tile_numbers(<256 x float> %sum)
+    alwaysinline nounwind memory(none) {
+  %room = alloca <256 x float>, align 64
+  %s = call x86_amx @llvm.x86.cast.vector.to.tile.v256f32(<256 x float> %sum)
+  call void @llvm.x86.tilestored64.internal(i16 16, i16 64, ptr %room, i64 64, x86_amx %s)
+  %r = load <256 x float>, ptr %room, align 64
+  ret <256 x float> %r
+}
+"""
+TILE = 256
+"""Lanes of a tile: 16 rows of 16."""
+
 PRAGMA = "pragma_import_llvm"
-NAMES = frozenset({"bf16_dot", "bf16_pairs", "bf16_neighbours", "bf16_row"})
+TEXTS = frozenset({WORDS, TILE_WORDS})
+NAMES = frozenset(
+    {
+        *("bf16_dot", "bf16_pairs", "bf16_neighbours", "bf16_row"),
+        *("bf16_tile_dot", "bf16_tile_numbers"),
+    }
+)
 
 
 def words() -> Any:
-    """The scope in which the functions below may be called."""
+    """The scope in which the functions of vectors below may be called."""
     return T.attr(T.int32(0), PRAGMA, WORDS)
+
+
+def tile_words() -> Any:
+    """The scope of functions of tiles: products, and the numbers that become of them."""
+    return T.attr(T.int32(0), PRAGMA, TILE_WORDS)
 
 
 def dot(total: Any, a: Any, b: Any) -> Any:
     """total + a_even · b_even + a_odd · b_odd, lane by lane, of vectors of pairs."""
     return T.call_pure_extern("float32x16", "bf16_dot", total, a, b)
+
+
+def tile_dot(total: Any, a: Any, b: Any) -> Any:
+    """total[r, c] + Σ_p a[r, p] · b[p, c] of tiles, a and b of pairs.
+
+    `total` is zero, or was read from memory, or is a product; a and b were read. What is not passed
+    on to `tile_dot` goes to `tile_numbers`, without a loop between.
+    """
+    return T.call_pure_extern(f"float32x{TILE}", "bf16_tile_dot", total, a, b)
+
+
+def tile_numbers(total: Any) -> Any:
+    """The numbers of a sum of products."""
+    return T.call_pure_extern(f"float32x{TILE}", "bf16_tile_numbers", total)
 
 
 def pairs(even: Any, odd: Any) -> Any:
@@ -114,10 +173,7 @@ def filled(read: Callable[[Any, int], Any], at: Any, count: int) -> Any:
         return read(at, LANES)
     if count <= 0:
         return splat(0.0, LANES)
-    room = local(LANES)
-    store(room, splat(0.0, LANES), 0)
-    store(room, read(at, count), 0)
-    return load(room, 0, lanes=LANES)
+    return joined([read(at, count), splat(0.0, LANES - count)])
 
 
 def rounded(value: Any, lanes: int) -> Any:

@@ -112,7 +112,7 @@ class _Proof:
                 self._access(node.buffer, node.indices, _lanes(node.value))
             case "Evaluate":
                 self.expression(node.value)
-            case "AttrStmt" if node.attr_key == bf16.PRAGMA and _text(node.value) == bf16.WORDS:
+            case "AttrStmt" if node.attr_key == bf16.PRAGMA and _text(node.value) in bf16.TEXTS:
                 self.statement(node.body)
             case kind:
                 raise self._refusal(kind, "", "statement is not one that this proof understands")

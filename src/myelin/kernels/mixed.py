@@ -1,7 +1,8 @@
 """Linear layers in mixed precision: the products of `myelin.kernels.linear` on bfloat16 operands.
 
 Arguments, results and sums are float32; both factors of a product are rounded to bfloat16 when they
-are packed (`myelin.kernels.bf16`). Every template takes and gives what its namesake there does.
+are packed (`myelin.kernels.bf16`), and multiplied in tiles where the CPU level has them
+(`myelin.kernels.amx`). Every template takes and gives what its namesake there does.
 
 The clipped gradient stays within its bound: example i adds round(x_i)ᵀ round(c_i · d_i), whose
 norm is at most c_i · |round(x_i)| · |d_i| · (1 + 2⁻⁸). `squared_norm` rounds x_i in the same way,
@@ -11,25 +12,15 @@ and `squared_norm_inflation` has the rest.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
-from myelin.kernels import linear
-from myelin.kernels.bf16 import (
-    LANES,
-    ROUNDOFF,
-    dot,
-    filled,
-    neighbours,
-    pairs,
-    rounded,
-    words,
-)
+from myelin.kernels import amx, linear
+from myelin.kernels.bf16 import LANES, ROUNDOFF, dot, filled, rounded, words
 from myelin.kernels.epilogue import PLAIN, Epilogue
+from myelin.kernels.factors import ROUNDED, Factor, Part, Split
 from myelin.kernels.linear import (
     EXAMPLES,
     if_counted,
@@ -62,29 +53,6 @@ __all__ = [
     "weighted_gradient_additions",
 ]
 
-# read(row, column, lanes): neighbours of one row of a matrix.
-Read = Callable[[Any, Any, int], Any]
-# part(value, lanes): what of a number is rounded.
-Part = Callable[[Any, int], Any]
-
-
-def whole(value: Any, lanes: int) -> Any:
-    """The number itself."""
-    del lanes
-    return value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """A product is the sum of those of left[i] of one factor and right[i] of the other."""
-
-    left: tuple[Part, ...] = (whole,)
-    right: tuple[Part, ...] = (whole,)
-
-
-ROUNDED = Split()
-"""Both factors are rounded, once."""
-
 
 def matmul(
     cpu: Cpu,
@@ -101,10 +69,9 @@ def matmul(
     with Kernel(**shapes, **finish.parameters((m, n)), y=(m, n)) as kernel, words():
         x, w, *more, y = kernel.buffers
         b, others = more[:bias], more[bias:]
-        factor = _rows(_reader(x), m, k, split.left)
-        panels = _Panels(cpu, m, n, k, split.right)
-        panels.pack_rows(_reader(w))
-        panels.multiply(factor, finish.into(y, others), start=b[0] if b else None)
+        left, right = _matrix(x, along=True), _matrix(w, along=False)
+        write, start = finish.into(y, others), b[0] if b else None
+        _product(cpu, (m, n, k), left, right, write, split=split, start=start)
     return kernel.function
 
 
@@ -115,10 +82,8 @@ def backward_data(
     shapes = {"d": (m, n), "w": (k, n), **finish.parameters((m, k))}
     with Kernel(**shapes, dx=(m, k)) as kernel, words():
         d, w, *others, dx = kernel.buffers
-        factor = _rows(_reader(d), m, n, split.left)
-        panels = _Panels(cpu, m, k, n, split.right)
-        panels.pack_columns(_reader(w))
-        panels.multiply(factor, finish.into(dx, others))
+        left, right = _matrix(d, along=True), _matrix(w, along=True)
+        _product(cpu, (m, k, n), left, right, finish.into(dx, others), split=split)
     return kernel.function
 
 
@@ -138,10 +103,9 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int, *, split: Split = ROUNDE
             value = splat(weight, lanes) * load(d, example, at, lanes=lanes)
             return if_counted(weight, value, lanes)
 
-        factor = _columns(kept, k, m, split.left)
-        panels = _Panels(cpu, k, n, m, split.right)
-        panels.pack_rows(scaled)
-        panels.multiply(factor, PLAIN.into(g, []), chain=EXAMPLES // 2)
+        left, right = Factor(read=kept, along=False), Factor(read=scaled, along=False)
+        write = PLAIN.into(g, [])
+        _product(cpu, (k, n, m), left, right, write, split=split, chain=EXAMPLES // 2)
     return kernel.function
 
 
@@ -164,53 +128,70 @@ def squared_norm_inflation(k: int, n: int) -> float:
     return (1 + linear.squared_norm_inflation(k, n)) * (1 + ROUNDOFF) ** 2 - 1
 
 
-def _reader(matrix: Any) -> Read:
-    return lambda row, column, lanes: load(matrix, row, column, lanes=lanes)
+def _matrix(matrix: Any, *, along: bool) -> Factor:
+    return Factor(read=lambda row, at, lanes: load(matrix, row, at, lanes=lanes), along=along)
 
 
-# The left factor: factor(row, pair) is a pair along the depth.
+def _product(
+    cpu: Cpu,
+    extents: tuple[int, int, int],
+    left: Factor,
+    right: Factor,
+    write: Callable[..., None],
+    *,
+    split: Split,
+    start: Any = None,
+    chain: int | None = None,
+) -> None:
+    """Writes start[column] + Σ_depth left · right at (row, column).
+
+    `extents` are (rows, columns, depth). With `chain`, no accumulator adds more than that many
+    pairs before it goes into a total.
+    """
+    if amx.FEATURE in cpu.features:
+        amx.product(extents, left, right, write, split=split, start=start, chain=chain)
+        return
+    rows, columns, depth = extents
+    pack = _rows if left.along else _columns
+    factor = pack(left, rows, depth, split.left)
+    panels = _Panels(cpu, rows, columns, depth, split.right)
+    if right.along:
+        panels.pack_columns(right)
+    else:
+        panels.pack_rows(right)
+    panels.multiply(factor, write, start=start, chain=chain)
 
 
-def _rows(read: Read, rows: int, depth: int, parts: Sequence[Part]) -> Callable[[Any, Any], Any]:
+# The left factor: what is returned gives the pair along the depth of (row, pair).
+
+
+def _rows(
+    factor: Factor, rows: int, depth: int, parts: Sequence[Part]
+) -> Callable[[Any, Any], Any]:
     """Of a matrix whose rows run along the depth."""
     each = -(-depth // 2)
     # What a vector has too much, the next part overwrites.
     packed = workspace(rows, (len(parts) - 1) * each + -(-depth // 32) * LANES, dtype="int32")
     with tasks(rows, len(parts) * rows * -(-depth // LANES)) as row:
         for number, part in enumerate(parts):
-            for at, value, _ in _pairs_of_row(partial(_part(read, part), row), depth):
-                store(packed, value, row, number * each + at)
+            for at, size in blocks(depth, 2 * LANES):
+                value = factor.part(part).pairs_of_row(row, at, size)
+                store(packed, value, row, number * each + at // 2)
     return lambda row, pair: load(packed, row, pair)
 
 
-def _columns(read: Read, rows: int, depth: int, parts: Sequence[Part]) -> Callable[[Any, Any], Any]:
+def _columns(
+    factor: Factor, rows: int, depth: int, parts: Sequence[Part]
+) -> Callable[[Any, Any], Any]:
     """Of a matrix whose columns run along the depth."""
     each = -(-depth // 2)
     packed = workspace(len(parts) * each, -(-rows // LANES) * LANES, dtype="int32")
     for number, part in enumerate(parts):
         for pair, odd in _depths(depth, rows):
             for at, size in blocks(rows, LANES):
-                value = _pairs_of_rows(_part(read, part), pair, odd, at, size)
+                value = factor.part(part).pairs_of_rows(2 * pair, odd, at, size)
                 store(packed, value, number * each + pair, at)
     return lambda row, pair: load(packed, pair, row)
-
-
-def _part(read: Read, part: Part) -> Read:
-    return lambda row, at, lanes: part(read(row, at, lanes), lanes)
-
-
-def _pairs_of_row(read: Callable[[Any, int], Any], depth: int) -> Iterator[tuple[Any, Any, int]]:
-    """(number of the first pair, 16 pairs, how many of them count) along a row, then zeros."""
-    for at, size in blocks(depth, 2 * LANES):
-        first, second = filled(read, at, size), filled(read, at + LANES, size - LANES)
-        yield at // 2, neighbours(first, second), -(-size // 2)
-
-
-def _pairs_of_rows(read: Read, pair: Any, odd: bool, at: Any, size: int) -> Any:
-    """16 pairs of rows 2 · pair and the next, which is zero unless `odd`."""
-    even = filled(lambda a, lanes: read(2 * pair, a, lanes), at, size)
-    other = filled(lambda a, lanes: read(2 * pair + 1, a, lanes), at, size if odd else 0)
-    return pairs(even, other)
 
 
 def _depths(depth: int, width: int) -> Iterator[tuple[Any, bool]]:
@@ -241,17 +222,18 @@ class _Panels:
         self.last = whole - self.width
         self.packed = workspace(self.count, self.pairs, self.width, dtype="int32")
 
-    def pack_rows(self, read: Read) -> None:
+    def pack_rows(self, factor: Factor) -> None:
         """Of a matrix of which a row lies along the columns."""
         for number, part in enumerate(self.parts):
-            along = _part(read, part)
+            some = factor.part(part)
             for pair, odd in _depths(self.depth, self.count * self.width):
                 for panel, first, size in self._each(serial):
                     for at, lanes in pieces(self.width, LANES):
-                        value = _pairs_of_rows(along, pair, odd, first + at, min(lanes, size - at))
+                        here = min(lanes, size - at)
+                        value = some.pairs_of_rows(2 * pair, odd, first + at, here)
                         store(self.packed, value, panel, number * self.each + pair, at)
 
-    def pack_columns(self, read: Read) -> None:
+    def pack_columns(self, factor: Factor) -> None:
         """Of a matrix of which a row lies along the depth."""
         for panel, first, size in self._each(lambda count: tasks(count, self.columns * self.pairs)):
             if size < self.width:
@@ -262,11 +244,10 @@ class _Panels:
             with serial(size) as column:
                 row = T.bind(first + column)
                 for number, part in enumerate(self.parts):
-                    along = partial(_part(read, part), row)
-                    for at, value, count in _pairs_of_row(along, self.depth):
-                        store(room, value, 0)
-                        for i in range(count):
-                            place = number * self.each + at + i
+                    for at, numbers in blocks(self.depth, 2 * LANES):
+                        store(room, factor.part(part).pairs_of_row(row, at, numbers), 0)
+                        for i in range(-(-numbers // 2)):
+                            place = number * self.each + at // 2 + i
                             store(self.packed, load(room, i), panel, place, column)
 
     def multiply(

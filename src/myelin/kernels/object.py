@@ -7,7 +7,9 @@ and `bounds.prove` shows that a kernel stays inside them.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import struct
 import tempfile
 from collections.abc import Mapping
@@ -16,10 +18,11 @@ from typing import Any
 
 import tvm
 from tvm import s_tir, tirx
+from tvm_ffi import structural_map
 
-from myelin.cpu import Cpu
+from myelin.cpu import Cpu, CpuUnsupported
 from myelin.errors import MyelinError
-from myelin.kernels.tir import walk
+from myelin.kernels.tir import STACK, walk
 
 # What the enclave runtime supplies: two memory functions and TVM's backend calls, which the object
 # reaches through weak cells of one pointer each.
@@ -65,7 +68,12 @@ def build(kernels: Mapping[str, Any], cpu: Cpu) -> bytes:
 
 
 def library(kernels: Mapping[str, Any], cpu: Cpu) -> Any:
-    """Compiles the same kernels for TVM's runtime: `library(...)[name](tensor, ...)` runs one."""
+    """Compiles the same kernels for TVM's runtime: `library(...)[name](tensor, ...)` runs one.
+
+    Where they need tile registers it asks the system for them, as the cell does.
+    """
+    if "amx_tile" in cpu.features:
+        _permit_tiles()
     return tvm.get_global_func("target.build.llvm")(_lower(kernels, cpu, _packed), cpu.target)
 
 
@@ -110,6 +118,14 @@ def undefined(code: bytes) -> set[str]:
     return names
 
 
+def _permit_tiles() -> None:
+    """Lets this process use the tile registers of AMX: a process has them off until it asks."""
+    arch_prctl, request, tile_data = 158, 0x1023, 18
+    if ctypes.CDLL(None, use_errno=True).syscall(arch_prctl, request, tile_data):
+        reason = os.strerror(ctypes.get_errno())
+        raise CpuUnsupported(f"the system gives this process no AMX tile registers: {reason}")
+
+
 def _lower(kernels: Mapping[str, Any], cpu: Cpu, abi: Any) -> Any:
     """Lowers PrimFuncs for the code generator; `abi` gives the pass that fixes how to call them."""
     target = cpu.target
@@ -130,6 +146,7 @@ def _lower(kernels: Mapping[str, Any], cpu: Cpu, abi: Any) -> Any:
         tirx.transform.NarrowDataType(32),
         tirx.transform.VectorizeLoop(True),
         tirx.transform.StorageRewrite(),
+        _on_stack(),
         tirx.transform.UnrollLoop(),
         s_tir.transform.RenormalizeSplitPattern(),
         tirx.transform.StmtSimplify(),
@@ -145,6 +162,19 @@ def _lower(kernels: Mapping[str, Any], cpu: Cpu, abi: Any) -> Any:
     ]
     with tvm.transform.PassContext(), target:
         return tvm.ir.transform.Sequential(passes)(module)
+
+
+def _on_stack() -> Any:
+    """Keeps local buffers of `STACK` bytes on the stack; TVM does so for smaller ones only."""
+    marked = {"disable_lower_builtin": tirx.IntImm("bool", 1)}
+
+    def mark(node: Any) -> Any:
+        return tirx.AllocBuffer(node.buffer, marked) if _bytes(node.buffer) == STACK else node
+
+    def transform(function: Any, _module: Any, _context: Any) -> Any:
+        return function.with_body(structural_map(function.body, (tirx.AllocBuffer, mark)))
+
+    return tirx.transform.prim_func_pass(transform, opt_level=0, name="OnStack")
 
 
 def _packed() -> Any:

@@ -18,8 +18,8 @@ from typing import Any
 
 from myelin.kernels import linear, mixed
 from myelin.kernels.bf16 import ROUNDOFF, rounded
+from myelin.kernels.factors import Split, whole
 from myelin.kernels.linear import squared_norm, weighted_bias
-from myelin.kernels.mixed import Split, whole
 
 __all__ = [
     "ERROR",
@@ -43,7 +43,7 @@ def _rest(value: Any, lanes: int) -> Any:
     return value - rounded(value, lanes)
 
 
-SPLIT = Split(left=(whole, whole, _rest), right=(whole, _rest, whole))
+SPLIT = Split(left=(_rest, whole, whole), right=(whole, whole, _rest))
 
 matmul = partial(mixed.matmul, split=SPLIT)
 backward_data = partial(mixed.backward_data, split=SPLIT)
@@ -63,5 +63,9 @@ def squared_norm_inflation(k: int, n: int) -> float:
 
 
 def weighted_gradient_additions(m: int) -> int:
-    """As in `linear`, for three products an example, the absolute sum of which is 1.02 of one."""
+    """As in `linear`, for three products an example, the absolute sum of which is 1.02 of one.
+
+    In tiles no sum of an instruction holds more than 32 products, and there are three sums for
+    every 32 examples or fewer: no longer a chain, as first additions, to zero, are exact.
+    """
     return math.ceil(1.02 * linear.weighted_gradient_additions(3 * (m + 1)))

@@ -24,8 +24,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import ForKind
 
-# From this size on TVM takes a buffer from the heap.
-_STACK = 1024
+STACK = 1024
+"""Bytes of the largest local buffer: larger ones come from the heap."""
 
 # Below this many vector operations a kernel runs on one thread: waking others takes longer.
 PARALLEL_WORK = 16_384
@@ -73,10 +73,10 @@ class Kernel:
 def local(*shape: int, dtype: str = "float32") -> Any:
     """Makes a buffer of this thread, on its stack or in registers.
 
-    TVM puts a buffer of under 1 KiB there, but only in its default scope: one of scope "local" is
-    taken from the heap and given back by two calls.
+    TVM puts a buffer of under 1 KiB there, and `myelin.kernels.object` one of 1 KiB, but only in
+    the default scope: one of scope "local" is taken from the heap and given back by two calls.
     """
-    if math.prod(shape) * DataType(dtype).bits // 8 >= _STACK:
+    if math.prod(shape) * DataType(dtype).bits // 8 > STACK:
         raise ValueError(f"a local buffer of shape {shape} is too large for the stack")
     return T.alloc_buffer(shape, dtype)
 
@@ -172,7 +172,7 @@ def transposed(rows: Sequence[Any]) -> list[Any]:
     bound = [T.bind(row) for row in rows]
     if height != width or width & (width - 1) or width == 1:
         return [
-            _vector([row if width == 1 else _shuffle([row], [column]) for row in bound])
+            joined([row if width == 1 else _shuffle([row], [column]) for row in bound])
             for column in range(width)
         ]
     step = 1
@@ -189,8 +189,9 @@ def transposed(rows: Sequence[Any]) -> list[Any]:
     return bound
 
 
-def _vector(scalars: Sequence[Any]) -> Any:
-    return scalars[0] if len(scalars) == 1 else _shuffle(scalars, range(len(scalars)))
+def joined(values: Sequence[Any]) -> Any:
+    """One vector of the lanes of scalars or vectors, one after the other."""
+    return values[0] if len(values) == 1 else _shuffle(values, range(sum(map(_lanes, values))))
 
 
 def _shuffle(vectors: Sequence[Any], lanes: Sequence[int]) -> Any:
