@@ -935,7 +935,7 @@ def _sum(low: Lowering, var: Any, call: Any) -> None:
         raise ModelRefused(f"no kernel for a sum over the axes {axes} of rank {rank}")
     rows, columns = math.prod(x.stored[:-1]), x.stored[-1]
     out = low.new(var, (*x.stored[:-1], 1))
-    build = lambda: reduce.reduction(low.cpu, rows, columns, 1, "sum")  # noqa: E731
+    build = lambda: reduce.sum_rows(low.cpu, rows, columns)  # noqa: E731
     low.emit("sum", ("sum", rows, columns), build, [x], [out])
     low.values[var] = out
 

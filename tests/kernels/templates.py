@@ -19,9 +19,8 @@ def every_template(cpu):
         "adam": update.adam(cpu, 100_001, lr=0.1),
         "weighted_sum": clipping.weighted_sum(cpu, m, 1001),
         "clip_factors": clipping.clip_factors(cpu, m, 1, 1, inflation=[0.0], kappa=[0.0]),
-        "mask_rows": clipping.mask_rows(cpu, m, 2000),
         "map": elementwise.map(cpu, [(m, k), (k,)], (m, k), lambda a, b: a + b),
-        "reduction": reduce.reduction(cpu, m, k, n, "max"),
+        "sum_rows": reduce.sum_rows(cpu, m, 2000),
         "softmax": reduce.softmax(cpu, m, 100),
         "permute": layout.permute(cpu, (m, 3, 99), (0, 2, 1)),
     }

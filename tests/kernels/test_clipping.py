@@ -107,12 +107,3 @@ def test_weighted_sum_rounds_once(cpu, call, n, m):
     value = call(clipping.weighted_sum(cpu, n, m), poisoned, c)
     true = c.astype(float) @ g.astype(float)
     np.testing.assert_allclose(value, true, rtol=2.0**-23, atol=1e-12)
-
-
-@pytest.mark.parametrize(("n", "m"), [(1, 1), (5, 333), (64, 64)])
-def test_mask_rows(cpu, call, n, m):
-    d, c = normal(n, m), np.ones(n, np.float32)
-    c[::2] = 0
-    d[::4] = np.nan
-    value = call(clipping.mask_rows(cpu, n, m), d, c)
-    np.testing.assert_array_equal(value, np.where(c[:, None] != 0, d, 0))

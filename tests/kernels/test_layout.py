@@ -48,10 +48,6 @@ def test_concatenate_and_cut(cpu, call):
         np.testing.assert_array_equal(value, part)
 
 
-def test_fill(cpu, call):
-    assert set(call(layout.fill(cpu, 37, 1.5)).tolist()) == {1.5}
-
-
 def test_wrong_axes_and_columns_are_refused():
     cpu = Cpu.native()
     with pytest.raises(ValueError, match="no permutation of 2 axes"):

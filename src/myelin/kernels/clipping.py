@@ -133,19 +133,6 @@ def weighted_sum_additions(_n: int) -> int:
     return 2
 
 
-def mask_rows(cpu: Cpu, n: int, m: int) -> Any:
-    """d[n, m], c[n] → d with exact zeros in the rows where c is 0, NaN and infinity included."""
-    with Kernel(d=(n, m), c=(n,), out=(n, m)) as kernel:
-        d, c, out = kernel.buffers
-        with tasks(n, n * -(-m // cpu.lanes)) as row:
-            weight = T.bind(load(c, row))
-            for at, lanes in blocks(m, cpu.lanes):
-                keep = splat(weight, lanes) != splat(0.0, lanes)
-                value = load(d, row, at, lanes=lanes)
-                store(out, select(keep, value, splat(0.0, lanes)), row, at)
-    return kernel.function
-
-
 def _norm_buffers(n: int, terms: int, grams: int) -> dict[str, tuple[int, ...]]:
     names = [f"s_{j}" for j in range(terms)]
     names += [f"{kind}_gram_{j}" for j in range(grams) for kind in ("s", "t")]

@@ -2,10 +2,9 @@
 `tir.Kernel` is open.
 
 Library functions would be slow (one call a lane), depend on the machine and take time that tells
-their argument. Here the relative error is at most 4·2⁻²³ over all float32 (tested; exp and log
-within 1 unit in the last place), NaN gives NaN, and infinities give the limits. Subnormal numbers
-count as zero where flushing is on, as it is in the enclave. Coefficients of exp and log are those
-of Cephes.
+their argument. Here the relative error is at most 4·2⁻²³ over all float32 (tested; exp within 1
+unit in the last place), NaN gives NaN, and infinities give the limits. Subnormal numbers count as
+zero where flushing is on, as it is in the enclave. Coefficients of exp are those of Cephes.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from tvm import DataType
 from tvm.script.ir_builder import tirx as T
 
 from myelin.kernels.tir import number, select, splat
-
-_SMALLEST_NORMAL = 2.0**-126
 
 # P and Q of f(x) ≈ x · P(x²) / Q(x²), highest power first: least squares on the relative error,
 # reweighted towards minimax, with f'(0) fixed, so that small x are as good as exact. Both errors
@@ -72,31 +69,6 @@ def exp(x: Any) -> Any:
     )
 
 
-def log(x: Any) -> Any:
-    """Natural logarithm: -inf for zero and subnormals, NaN below zero."""
-    x = T.bind(x)
-    own = T.bind(bits(x))
-    mantissa = T.bind(_float((own & _integer(x, 0x007FFFFF)) | _integer(x, 0x3F000000)))  # 0.5 … 1
-    low = mantissa < _like(x, 0.707106781186547524)
-    exponent = _cast((own >> _integer(x, 23)) - _integer(x, 126), "float32")
-    exponent = T.bind(select(low, exponent - _like(x, 1.0), exponent))
-    m = T.bind(select(low, mantissa + mantissa, mantissa) - _like(x, 1.0))
-    square = T.bind(m * m)
-    p = _polynomial(
-        m,
-        (
-            *(7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1),
-            *(1.4249322787e-1, -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1),
-            3.3333331174e-1,
-        ),
-    )
-    small = p * m * square + exponent * _like(x, -2.12194440e-4) - square * _like(x, 0.5)
-    y = T.bind(m + small + exponent * _like(x, 0.693359375))
-    y = select(x < _like(x, _SMALLEST_NORMAL), _like(x, float("-inf")), y)
-    y = select(x <= _like(x, -_SMALLEST_NORMAL), _like(x, float("nan")), y)
-    return select(is_nan(x), _like(x, float("nan")), select(x == _like(x, float("inf")), x, y))
-
-
 def tanh(x: Any) -> Any:
     """Hyperbolic tangent."""
     return _odd_rational(x, 9.02, _TANH)
@@ -148,10 +120,6 @@ def _clamp(x: Any, low: float, high: float) -> Any:
 
 def _power_of_two(n: Any) -> Any:
     return _float((n + _integer(n, 127)) << _integer(n, 23))
-
-
-def _magnitude(x: Any) -> Any:
-    return _float(bits(x) & _integer(x, 0x7FFFFFFF))
 
 
 def bits(x: Any) -> Any:

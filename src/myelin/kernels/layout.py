@@ -9,7 +9,7 @@ from typing import Any
 
 from myelin.cpu import Cpu
 from myelin.kernels.tiles import grid
-from myelin.kernels.tir import Kernel, blocks, load, pieces, serial, splat, store, tasks, transposed
+from myelin.kernels.tir import Kernel, blocks, load, pieces, serial, store, tasks, transposed
 
 
 def permute(cpu: Cpu, shape: Sequence[int], axes: Sequence[int]) -> Any:
@@ -102,16 +102,6 @@ def cut(cpu: Cpu, outer: int, width: int, start: int, size: int) -> Any:
         x, y = kernel.buffers
         with tasks(outer, outer * -(-size // cpu.lanes)) as row:
             _copy(cpu, (x, row, start), (y, row, 0), size)
-    return kernel.function
-
-
-def fill(cpu: Cpu, size: int, value: float) -> Any:
-    """→ y[size], all `value`."""
-    with Kernel(y=(size,)) as kernel:
-        (y,) = kernel.buffers
-        for first, extent in blocks(size, 4 * cpu.lanes):
-            for at, lanes in pieces(extent, cpu.lanes):
-                store(y, splat(value, lanes), first + at)
     return kernel.function
 
 

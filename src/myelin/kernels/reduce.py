@@ -1,8 +1,8 @@
-"""Reductions along one axis, and softmax."""
+"""Sums of rows, and softmax."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
@@ -14,7 +14,6 @@ from myelin.kernels.tir import (
     load,
     local,
     number,
-    serial,
     splat,
     store,
     tasks,
@@ -25,36 +24,24 @@ from myelin.kernels.tir import (
 _LOWEST = -3.4028234663852886e38
 
 
-def reduction(
-    cpu: Cpu, outer: int, extent: int, inner: int, kind: Literal["sum", "mean", "max"]
-) -> Any:
-    """x[outer, extent, inner] → y[outer, inner], over the middle axis.
-
-    With inner = 1 this reduces rows, and the kernel's parameters are x[outer, extent] and y[outer].
-
-    Sums run in several chains that are added at the end. The maximum of a row that holds NaN is
-    undefined but never an error; the adjoints that follow from such a row are NaN all the same.
-    """
-    initial = _LOWEST if kind == "max" else 0.0
-    scale = 1.0 / extent if kind == "mean" else 1.0
-    if inner == 1:
-        with Kernel(x=(outer, extent), y=(outer,)) as kernel:
-            x, y = kernel.buffers
-            with tasks(outer, outer * -(-extent // cpu.lanes)) as row:
-                value = _fold_row(cpu, x, row, extent, initial, kind)
-                store(y, value if scale == 1 else value * number(scale), row)
-        return kernel.function
-    with Kernel(x=(outer, extent, inner), y=(outer, inner)) as kernel:
+def sum_rows(cpu: Cpu, rows: int, columns: int) -> Any:
+    """x[rows, columns] → y[rows], each row in several chains that are added at the end."""
+    with Kernel(x=(rows, columns), y=(rows,)) as kernel:
         x, y = kernel.buffers
-        with tasks(outer, outer * extent * -(-inner // cpu.lanes)) as row:
-            for at, lanes in blocks(inner, cpu.lanes):
-                part = local(lanes)
-                store(part, splat(initial, lanes), 0)
-                with serial(extent) as i:
-                    value = load(x, row, i, at, lanes=lanes)
-                    store(part, _combine(kind, load(part, 0, lanes=lanes), value), 0)
-                value = load(part, 0, lanes=lanes)
-                store(y, value if scale == 1 else value * splat(scale, lanes), row, at)
+        with tasks(rows, rows * -(-columns // cpu.lanes)) as row:
+            lanes = min(cpu.lanes, columns)
+            chains = min(4, -(-columns // lanes))
+            parts = [local(lanes) for _ in range(chains)]
+            for part in parts:
+                store(part, splat(0.0, lanes), 0)
+            for position, (at, width) in enumerate(vectors(columns, lanes, chains)):
+                part = parts[position % chains]
+                value = load(x, row, at, lanes=width)
+                store(part, load(part, 0, lanes=width) + value, 0)
+            first = parts[0]
+            for part in parts[1:]:
+                store(first, load(first, 0, lanes=lanes) + load(part, 0, lanes=lanes), 0)
+            store(y, T.bind(total(first, lanes)), row)
     return kernel.function
 
 
@@ -83,24 +70,3 @@ def normalise(cpu: Cpu, x: Any, y: Any, row: Any, columns: int) -> None:
     scale = T.bind(number(1.0) / total(sums, lanes))
     for at, width in blocks(columns, lanes):
         store(y, load(y, row, at, lanes=width) * splat(scale, width), row, at)
-
-
-def _fold_row(cpu: Cpu, x: Any, row: Any, extent: int, initial: float, kind: str) -> Any:
-    lanes = min(cpu.lanes, extent)
-    chains = min(4, -(-extent // lanes))
-    parts = [local(lanes) for _ in range(chains)]
-    for part in parts:
-        store(part, splat(initial, lanes), 0)
-    for position, (at, width) in enumerate(vectors(extent, lanes, chains)):
-        part = parts[position % chains]
-        value = load(x, row, at, lanes=width)
-        store(part, _combine(kind, load(part, 0, lanes=width), value), 0)
-    first = parts[0]
-    for part in parts[1:]:
-        value = _combine(kind, load(first, 0, lanes=lanes), load(part, 0, lanes=lanes))
-        store(first, value, 0)
-    return T.bind(total(first, lanes, lambda a, b: _combine(kind, a, b)))
-
-
-def _combine(kind: str, a: Any, b: Any) -> Any:
-    return T.max(a, b) if kind == "max" else a + b
