@@ -30,6 +30,7 @@ from benchmarks.models import Case, cases_named
 from benchmarks.report import THREADS, Section, Table
 from myelin import nn
 from myelin.cpu import Cpu, Precision
+from myelin.kernels import bf16
 from myelin.kernels import object as kernel_object
 from myelin.kernels.tir import Kernel, load, local, serial, store
 from myelin.model import load as load_model
@@ -41,18 +42,6 @@ CHAINS = 12
 """Accumulators at once: more than the latency of a multiply-add times its units."""
 IN_CACHE, IN_MEMORY = 1 << 20, 256 << 20
 """Bytes of the arrays that are copied."""
-BF16_DOT = """
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-
-define internal <16 x float> @bf16_dot(<16 x float> %total, <16 x i32> %a, <16 x i32> %b)
-    alwaysinline nounwind readnone {
-  %pairs = bitcast <16 x i32> %a to <32 x bfloat>
-  %others = bitcast <16 x i32> %b to <32 x bfloat>
-  %sum = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
-      <16 x float> %total, <32 x bfloat> %pairs, <32 x bfloat> %others)
-  ret <16 x float> %sum
-}
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,15 +336,8 @@ def fma_loop(cpu: Cpu, repeats: int) -> Any:
 
 
 def dot_loop(cpu: Cpu, repeats: int) -> Any:
-    """The same with dot products of two bf16 a lane, which x holds as int32.
-
-    TVM has no name for the instruction, so a few lines of LLVM give it one.
-    """
-
-    def dot(total: Any, a: Any, b: Any) -> Any:
-        return T.call_pure_extern(f"float32x{cpu.lanes}", "bf16_dot", total, a, b)
-
-    return register_loop(cpu, repeats, "int32", dot, BF16_DOT)
+    """The same with dot products of two bf16 a lane, which x holds as int32."""
+    return register_loop(cpu, repeats, "int32", bf16.dot, bf16.words)
 
 
 def register_loop(
@@ -363,15 +345,13 @@ def register_loop(
     repeats: int,
     dtype: str,
     operation: Callable[[Any, Any, Any], Any],
-    llvm: str = "",
+    scope: Callable[[], Any] = contextlib.nullcontext,
 ) -> Any:
     """x[CHAINS + 2, lanes] → y[THREADS, CHAINS, lanes] by `repeats` operations on each chain."""
     lanes = cpu.lanes
     shapes = {"x": ((CHAINS + 2, lanes), dtype), "y": (THREADS, CHAINS, lanes)}
-    with Kernel(**shapes) as kernel, contextlib.ExitStack() as stack:
+    with Kernel(**shapes) as kernel, scope():
         x, y = kernel.buffers
-        if llvm:
-            stack.enter_context(T.attr(T.int32(0), "pragma_import_llvm", llvm))
         with T.parallel(THREADS) as thread:
             sums = [local(lanes) for _ in range(CHAINS)]
             a, b = (T.bind(load(x, CHAINS + i, 0, lanes=lanes)) for i in (0, 1))

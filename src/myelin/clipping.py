@@ -29,9 +29,10 @@ from myelin.kernels import clipping as clip_kernels
 from myelin.kernels import conv as conv_kernels
 from myelin.kernels import linear, mixed, split
 from myelin.kernels import normalise as normalise_kernels
+from myelin.kernels.update import HYPER
 from myelin.kernels.window import Conv, Product
 from myelin.planner import CONV, Gradient, Method
-from myelin.training import HYPER, Layer, Objective, kernel, layers, rebuild, returned
+from myelin.training import Layer, Objective, kernel, layers, rebuild, returned
 
 LINEAR: Mapping[Precision, Any] = {"float32": linear, "bf16": mixed, "bf16x3": split}
 """The templates of linear layers' products and norms, by the precision of products."""
@@ -123,15 +124,17 @@ def additions(module: Any, objective: Objective) -> int:
 
 def convolution(layer: Layer) -> Conv:
     """A conv2d layer, or a linear layer on lists of rows seen as a 1 × 1 convolution."""
-    n, *rest = _shape(layer.x)
     if layer.kind == "linear":
-        rows, size = rest
+        n, rows, size = _shape(layer.x)
         return Conv(n=n, h=rows, w=1, ci=size, co=_shape(layer.call)[-1], kh=1, kw=1)
-    co, _, kh, kw = _shape(layer.call.args[1])
-    ci, h, w = rest
-    sh, sw = (int(s) for s in layer.call.attrs.strides)
-    top, left, bottom, right = (int(p) for p in layer.call.attrs.padding)
-    return from_fields([n, h, w, ci, co, kh, kw, sh, sw, top, left, bottom, right])
+    return conv2d(_shape(layer.x), _shape(layer.call.args[1]), layer.call.attrs)
+
+
+def conv2d(x: Sequence[int], weight: Sequence[int], attrs: Any) -> Conv:
+    """Relax's conv2d of such shapes, channels first."""
+    (n, ci, h, w), (co, _, kh, kw) = x, weight
+    numbers = (*attrs.strides, *attrs.padding)
+    return from_fields([n, h, w, ci, co, kh, kw, *(int(number) for number in numbers)])
 
 
 def fields(conv: Conv) -> list[int]:

@@ -38,12 +38,13 @@ from myelin.kernels.conv import Conv
 from myelin.kernels.epilogue import PLAIN, Epilogue
 from myelin.kernels.pool import Pool
 from myelin.kernels.tir import is_parallel, select, splat
+from myelin.kernels.update import HYPER
 from myelin.model import Model
 from myelin.optimizer import Optimizer
 from myelin.outside import Outside
 from myelin.planner import Decision
 from myelin.program import Call, Program
-from myelin.training import HYPER, Objective, bindings, operands, operator, returned
+from myelin.training import Objective, bindings, operands, operator, returned
 from myelin.weights import Parameter, align, flat_size, place
 
 __all__ = ["Outside", "Program", "compile_training"]
@@ -790,7 +791,7 @@ def _permute_dims(low: Lowering, var: Any, call: Any) -> None:
 
 
 def _conv2d(low: Lowering, var: Any, call: Any) -> None:
-    conv = _conv_of(_dims(call.args[0]), _dims(call.args[1]), call.attrs)
+    conv = clipping.conv2d(_dims(call.args[0]), _dims(call.args[1]), call.attrs)
     bias = low.bias(var)
     x = Activations(low.value(call.args[0]), conv)
     w = low.value(call.args[1])
@@ -809,7 +810,7 @@ def _conv2d(low: Lowering, var: Any, call: Any) -> None:
 
 def _conv2d_transpose(low: Lowering, var: Any, call: Any) -> None:
     # The derivative of a convolution with respect to its input; var has the input's shape.
-    conv = _conv_of(_dims(var), _dims(call.args[1]), call.attrs)
+    conv = clipping.conv2d(_dims(var), _dims(call.args[1]), call.attrs)
     d, w = low.value(call.args[0]), low.value(call.args[1])
     how = planner.algorithm(low.cpu, conv, "backward_data", low.precision)
     templates = planner.CONV[how]
@@ -1181,16 +1182,6 @@ def _same_order(shape: Shape) -> bool:
     """Whether channels first and channels last are the same order of the same numbers."""
     _, c, h, w = shape
     return c == 1 or h * w == 1
-
-
-def _conv_of(x: Shape, weight: Shape, attrs: Any) -> Conv:
-    n, ci, h, w = x
-    co, _, kh, kw = weight
-    stride = (int(attrs.strides[0]), int(attrs.strides[1]))
-    top, left, bottom, right = (int(p) for p in attrs.padding)
-    return Conv(
-        n=n, h=h, w=w, ci=ci, co=co, kh=kh, kw=kw, stride=stride, padding=(top, left, bottom, right)
-    )
 
 
 def _pair(low: Lowering, *shapes: Shape) -> tuple[Value, ...]:

@@ -34,9 +34,9 @@ from myelin.native import native_file
 from myelin.optimizer import Optimizer, optimizer_from_dict, optimizer_to_dict
 from myelin.plan import Program, compile_training
 from myelin.planner import STORED_BYTES
+from myelin.training import LOSSES
 from myelin.weights import pack
 
-LOSSES = ("cross-entropy", "binary-cross-entropy", "mean-squared-error")
 _INPUTS = 16
 MOST_HEAP = 60 << 30
 """Between the image and the mailbox (docs/image.md)."""
@@ -267,18 +267,19 @@ def _compile(
         stored_bytes=recipe.stored_bytes,
         dump=dump,
     )
-    kernels = _objects(program, cpu, cache, progress)
-    heap = _heap(program, recipe, kernel_object.workspace_bytes(program.kernels, cpu))
+    workspace = kernel_object.workspace_bytes(program.kernels, cpu)
+    heap = _heap(program, recipe, workspace)
     if heap > MOST_HEAP:
         raise UsageError(
             f"the image would need {heap / 2**30:.1f} GiB of heap, at most {MOST_HEAP >> 30} fit: "
             "state fewer records or a smaller batch, or keep features as uint8"
         )
+    kernels = _objects(program, cpu, cache, progress)
     runtime = native_file(f"libmyelin_enclave-{cpu.runtime}.a").read_bytes()
-    workspace = kernel_object.workspace_bytes(program.kernels, cpu)
-    description = encode(_describe(program, recipe, cpu, document, kernels, runtime, workspace))
+    sizes = {"heap": heap, "workspace": workspace}
+    description = encode(_describe(program, recipe, cpu, document, kernels, runtime, sizes))
     progress("link the image")
-    return Image(content=_link(program, recipe, kernels, runtime, description, workspace))
+    return Image(content=_link(program, recipe, kernels, runtime, description, heap))
 
 
 def _objects(program: Program, cpu: Cpu, cache: Cache | None, progress: Progress) -> list[bytes]:
@@ -300,7 +301,7 @@ def _describe(
     document: bytes,
     kernels: list[bytes],
     runtime: bytes,
-    workspace: int,
+    sizes: dict[str, int],
 ) -> dict[str, Any]:
     return {
         "type": "myelin/image/1",
@@ -318,8 +319,7 @@ def _describe(
         },
         "outputs": program.outputs,
         "arena": program.arena,
-        "heap": _heap(program, recipe, workspace),
-        "workspace": workspace,
+        **sizes,
         "model": hashlib.sha256(document).digest(),
         "versions": {
             "myelin": version("myelin"),
@@ -357,7 +357,7 @@ def _link(
     kernels: list[bytes],
     runtime: bytes,
     description: bytes,
-    workspace: int,
+    heap: int,
 ) -> bytes:
     slots = range(recipe.threads)
     script = native_file("image.ld").read_text()
@@ -373,7 +373,7 @@ def _link(
                 for slot in slots
             ],
         ),
-        ("HEAP", [str(_heap(program, recipe, workspace))]),
+        ("HEAP", [str(heap)]),
     ):
         script = script.replace(f"@{word}@", "\n".join(lines))
     objects = [f"kernel{number}.o" for number in range(len(kernels))]

@@ -33,8 +33,6 @@ from myelin.planner import STORED_BYTES
 
 Loss = Literal["cross-entropy", "binary-cross-entropy", "mean-squared-error"]
 LOSSES: tuple[Loss, ...] = ("cross-entropy", "binary-cross-entropy", "mean-squared-error")
-HYPER = 16
-"""Floats in `hyper` (docs/image.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
 from myelin.kernels.functions import is_finite
+from myelin.kernels.tiles import widen
 from myelin.kernels.tir import (
     Kernel,
     blocks,
@@ -104,7 +105,7 @@ def weighted_sum(cpu: Cpu, n: int, m: int) -> Any:
                             splat(0.0, lanes),
                         )
                         factor = splat(T.Cast("float64", weight), lanes)
-                        value = value + _double(kept, lanes) * factor
+                        value = value + widen(kept, lanes) * factor
                     store(sums, value, at)
             for at, lanes in vectors(size, cpu.lanes):
                 kind = "float32" if lanes == 1 else f"float32x{lanes}"
@@ -170,10 +171,6 @@ def _upper_bound(
         positive = select(is_finite(raised), T.max(raised, splat(0.0, lanes)), raised)
         bound = bound + positive * number(_round_up(1 + own))
     return T.bind(bound)
-
-
-def _double(value: Any, lanes: int) -> Any:
-    return T.Cast("float64" if lanes == 1 else f"float64x{lanes}", value)
 
 
 def _round_up(value: float) -> float:

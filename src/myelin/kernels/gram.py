@@ -19,11 +19,10 @@ from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
 from myelin.kernels.tiles import Tile, grid, segments, steps, widen
-from myelin.kernels.tir import Kernel, gamma, load, select, serial, splat, store, vectors
+from myelin.kernels.tir import TINY, Kernel, gamma, load, select, serial, splat, store, vectors
 from myelin.kernels.window import Conv
 
 _UNIT = 2.0**-24  # rounding unit of float32
-_TINY = 2.0**-126  # the smallest normal float32: what flushing to zero can take from one term
 _CHUNKS = 8  # parts of the batch, each with a scratch of its own
 
 
@@ -176,7 +175,7 @@ class _Gram(ABC):
 
     def floor(self, terms: int) -> Any:
         """What covers that flushing took from `terms` squares of each pixel."""
-        flushed = 4 * terms * self.conv.pixels * _TINY
+        flushed = 4 * terms * self.conv.pixels * TINY
         return T.FloatImm("float64", flushed / gram_kappa(self.conv, self.error))
 
     def example(self, xp: Any, d: Any, scratch: Any, chunk: Any, i: Any, s: Any, t: Any) -> None:

@@ -16,6 +16,7 @@ from tvm.script.ir_builder import tirx as T
 from myelin.cpu import Cpu
 from myelin.kernels.epilogue import PLAIN, Epilogue
 from myelin.kernels.tir import (
+    TINY,
     Kernel,
     blocks,
     gamma,
@@ -39,8 +40,6 @@ EXAMPLES = 32
 _PACKED = 16
 # Numbers of a row from which on columns are packed: rows of pages share the same lines of a cache.
 _LONG = 512
-# The smallest normal float32: what flushing to zero can take from one term.
-_TINY = 2.0**-126
 
 
 def matmul(cpu: Cpu, m: int, k: int, n: int, *, bias: bool, finish: Epilogue = PLAIN) -> Any:
@@ -196,7 +195,7 @@ def sum_of_squares(
         store(part, load(part, 0, lanes=width) + value * value, 0)
     for part in sums[1:]:
         store(sums[0], load(sums[0], 0, lanes=lanes) + load(part, 0, lanes=lanes), 0)
-    return T.bind(total(sums[0], lanes) + T.float32(extent * _TINY))
+    return T.bind(total(sums[0], lanes) + T.float32(extent * TINY))
 
 
 def if_counted(weight: Any, value: Any, lanes: int) -> Any:

@@ -19,6 +19,7 @@ from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
 from myelin.kernels.tir import (
+    TINY,
     Kernel,
     blocks,
     gamma,
@@ -31,8 +32,6 @@ from myelin.kernels.tir import (
     store,
     tasks,
 )
-
-_TINY = 2.0**-126  # the smallest normal float32: what flushing to zero can take from one number
 
 
 def forward(cpu: Cpu, n: int, pixels: int, groups: int, each: int, *, epsilon: float) -> Any:
@@ -109,7 +108,7 @@ def stored_scale(cpu: Cpu, n: int, pixels: int, c: int) -> Any:
                 ),
             )
             norm = local(1, dtype="float64")
-            store(norm, T.float64(_TINY), 0)
+            store(norm, T.float64(TINY), 0)
             with serial(c) as channel:
                 value = T.bind(T.Cast("float64", load(g, i, 0, channel)))
                 store(norm, load(norm, 0) + value * value, 0)

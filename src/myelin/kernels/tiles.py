@@ -10,7 +10,7 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from myelin.kernels.tir import load, local, pieces, serial, splat, store
+from myelin.kernels.tir import TINY, load, local, pieces, serial, splat, store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,11 +156,8 @@ class SquaredNorm:
 
     def store(self, s: Any, i: Any, count: int) -> None:
         """s[i] = the sum, with the most that `count` squares lose when they are flushed to zero."""
-        flushed = T.FloatImm("float64", count * _TINY)
+        flushed = T.FloatImm("float64", count * TINY)
         store(s, T.Cast("float32", load(self._total, 0) + flushed), i)
-
-
-_TINY = 2.0**-126  # the smallest normal float32: what flushing to zero can take from one term
 
 
 def widen(value: Any, lanes: int) -> Any:

@@ -199,6 +199,10 @@ def _shuffle(vectors: Sequence[Any], lanes: Sequence[int]) -> Any:
     return tirx.Shuffle(list(vectors), [tirx.IntImm("int32", lane) for lane in lanes])
 
 
+TINY = 2.0**-126
+"""The smallest normal float32: what flushing to zero can take from one term."""
+
+
 def gamma(additions: int) -> float:
     """γ_n = n·u / (1 − n·u), u = 2⁻²⁴: bounds the relative error of n float32 roundings in a row.
 

@@ -15,6 +15,7 @@ from myelin.cpu import Cpu
 from myelin.kernels.tir import Kernel, blocks, load, number, pieces, splat, store, tasks
 
 HYPER = 16
+"""Floats in `hyper` (docs/image.md)."""
 # Steps that Adam's bias correction counts: more than any job does.
 _STEP_BITS = 31
 
