@@ -23,7 +23,7 @@ DEEP = Conv(n=64, h=8, w=8, ci=256, co=256, kh=3, kw=3, padding=(1, 1, 1, 1))
 
 @pytest.mark.parametrize("level", cost.RATES)
 def test_large_images_store_and_deep_layers_do_not(level):
-    """Measured: 14.6 against 59 ms, and 21.6 against 16.4."""
+    """Gram matrices grow with the square of pixels, gradients with that of channels."""
     assert planner.store({"a": LARGE, "b": DEEP}, Cpu.named(level), 1 << 40) == {"a"}
 
 
@@ -40,7 +40,7 @@ def test_the_budget_holds_for_all_layers_together(channels, budget):
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_winograd_is_taken_where_it_is_faster(product):
-    """Measured, of one thread: 5.4 against 1.7 ms and 5.9 against 3.0 at 8 × 8 pixels."""
+    """Other strides and windows it cannot; few channels and pixels leave nothing to save."""
     for conv in (LARGE, DEEP, Conv(n=64, h=14, w=14, ci=24, co=40, **SQUARE)):
         assert planner.algorithm(CPU, conv, product, "float32") == "winograd"
     for conv in (
@@ -54,7 +54,7 @@ def test_winograd_is_taken_where_it_is_faster(product):
 
 
 def test_gradients_of_one_tile_are_found_directly():
-    """Measured, of one thread: 0.18 against 0.23 ms, 0.21 against 0.25, 0.16 against 0.06."""
+    """Transforming each gradient back is dear where it is the sum of one tile."""
     conv = Conv(n=16, h=4, w=4, ci=64, co=64, **SQUARE)
     found = {p: planner.algorithm(CPU, conv, p, "float32") for p in PRODUCTS}
     assert found == {

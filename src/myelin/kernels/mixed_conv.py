@@ -46,10 +46,10 @@ def can(conv: Conv, kind: Product) -> bool:
 class Winograd:
     """The same templates by Winograd.
 
-    Inputs and weights are rounded in the domain of points, so that errors are about 1.3 % of
-    outputs (root of the mean square, for normal inputs), 5 times those of rounding directly. In
-    tiles of 2 × 2 outputs they would be 0.4 %, but at 1.8 times as many products it would be as
-    slow as float32.
+    Inputs and weights are rounded in the domain of points, so that errors are larger than those of
+    rounding directly (tests/kernels/test_mixed_conv.py has their limits). Tiles of 2 × 2 outputs
+    would be more exact, but take 16 products for 4 outputs in place of 36 for 16, which uses up
+    what bfloat16 gains.
     """
 
     forward = staticmethod(partial(winograd.forward, operands=BF16))
