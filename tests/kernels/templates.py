@@ -1,6 +1,9 @@
 import numpy as np
+import tvm
 
 from myelin.kernels import clipping, elementwise, layout, linear, loss, mixed, reduce, update
+from myelin.kernels.conv import stored_norm_inflation
+from myelin.kernels.object import ALLOWED, build, undefined
 
 
 def every_template(cpu):
@@ -43,3 +46,52 @@ def assert_close(value, true, scale):
     """`scale` is Σ |terms| for each element: what rounding errors of float32 are relative to."""
     assert value.shape == true.shape
     assert np.all(np.abs(value - true) <= 1e-6 * scale + 1e-30)
+
+
+def counted(m, k, n):
+    """x[m, k], d[m, n], c[m], and x and d with what is not finite where c is 0: in every third."""
+    x, d, c = data(m, k), data(m, n, seed=1), np.abs(data(m, seed=2))
+    c[::3] = 0
+    poisoned_x, poisoned_d = x.copy(), d.copy()
+    poisoned_x[::3] = np.nan
+    poisoned_d[::6] = np.inf
+    return x, d, c, poisoned_x, poisoned_d
+
+
+def assert_stored_norms(conv, g, s):
+    """Norms are of the numbers that are stored, which are those that are summed."""
+    exact = (g.astype("d") ** 2).sum(1)
+    assert np.all(exact <= s * (1 + stored_norm_inflation(conv)))
+    flushed = conv.weights * 2.0**-125
+    assert np.all(s <= exact * (1 + stored_norm_inflation(conv)) + flushed)
+
+
+def assert_summed_norms(templates, cpu, call, x, d, bias):
+    """No example adds more than linear layers' `squared_norm` allows; gives these norms."""
+    (m, k), n = x.shape, d.shape[1]
+    value = call(templates.squared_norm(cpu, m, k, n, bias=bias), x, d).astype("d")
+    for i in range(m):
+        c = np.zeros(m, np.float32)
+        c[i] = np.float32(0.37)
+        summed = call(templates.weighted_gradient(cpu, m, k, n), x, d, c).astype("d")
+        true = (summed**2).sum() + (((c[i] * d[i].astype("d")) ** 2).sum() if bias else 0)
+        bound = value[i] * (1 + templates.squared_norm_inflation(k, n))
+        assert true <= float(c[i]) ** 2 * bound + 2.0**-125
+    return value
+
+
+def assert_same_bits_on_one_thread(compute):
+    """compute() → arrays, the same on two threads and on one."""
+    configure = tvm.get_global_func("runtime.config_threadpool")
+    two = compute()
+    configure(1, 1)
+    try:
+        one = compute()
+    finally:
+        configure(1, 2)
+    assert [a.tobytes() for a in one] == [a.tobytes() for a in two]
+
+
+def assert_runtime_suffices(kernels, cpu):
+    """Their object needs nothing that the runtime lacks."""
+    assert undefined(build(kernels, cpu)) <= ALLOWED

@@ -6,12 +6,13 @@ import torch
 import tvm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from templates import assert_runtime_suffices, assert_same_bits_on_one_thread, assert_stored_norms
 from torch.nn import functional
 
 from myelin.kernels import conv as kernels
 from myelin.kernels import winograd
 from myelin.kernels.conv import Conv
-from myelin.kernels.object import ALLOWED, build, undefined, workspace_bytes
+from myelin.kernels.object import workspace_bytes
 
 SHAPES = {
     "mnist-1": Conv(n=3, h=28, w=28, ci=1, co=16, kh=8, kw=8, stride=(2, 2), padding=(2, 2, 2, 2)),
@@ -128,10 +129,7 @@ def check_stored_gradient(conv, cpu, call):
     xp, _, _, d = arrays(conv)
     g, s = results(call, kernels.stored_gradient(cpu, conv), xp, d, count=2)
     assert_close(g, gradients(conv, xp, d))
-    exact = (g.astype("d") ** 2).sum(1)
-    assert np.all(exact <= s * (1 + kernels.stored_norm_inflation(conv)))
-    flushed = conv.weights * 2.0**-125
-    assert np.all(s <= exact * (1 + kernels.stored_norm_inflation(conv)) + flushed)
+    assert_stored_norms(conv, g, s)
 
 
 def check_gram_norm(conv, cpu, call):
@@ -335,7 +333,6 @@ def test_bits_do_not_depend_on_threads(cpu, call):
     conv = SHAPES["classes"]
     xp, w, b, d = arrays(conv)
     c = np.linspace(0, 1, conv.n, dtype="f")
-    configure = tvm.get_global_func("runtime.config_threadpool")
     gram = kernels.gram_norm(cpu, conv, kernels.gradient_error(conv))
 
     def everything():
@@ -347,13 +344,7 @@ def test_bits_do_not_depend_on_threads(cpu, call):
             *results(call, kernels.weighted_gradient(cpu, conv), xp, d, c),
         ]
 
-    two = everything()
-    configure(1, 1)
-    try:
-        one = everything()
-    finally:
-        configure(1, 2)
-    assert [a.tobytes() for a in one] == [a.tobytes() for a in two]
+    assert_same_bits_on_one_thread(everything)
 
 
 def test_chains_of_additions_over_examples_are_short(cpu):
@@ -389,5 +380,5 @@ def test_the_object_needs_nothing_that_the_runtime_lacks(cpu):
         "gram_norm": kernels.gram_norm(cpu, conv, kernels.gradient_error(conv)),
         "weighted_gradient": kernels.weighted_gradient(cpu, conv),
     }
-    assert undefined(build(templates, cpu)) <= ALLOWED
+    assert_runtime_suffices(templates, cpu)
     assert workspace_bytes(templates, cpu) == 0

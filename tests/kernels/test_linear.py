@@ -1,14 +1,11 @@
 import numpy as np
 import pytest
 import torch
-import tvm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from templates import assert_close, data
+from templates import assert_close, assert_same_bits_on_one_thread, counted, data
 
-from myelin.cpu import Cpu
 from myelin.kernels import linear
-from myelin.kernels import object as kernel_object
 
 few = settings(
     max_examples=8,
@@ -37,11 +34,7 @@ def check_product(cpu, call, m, k, n):
 
 
 def check_gradient(cpu, call, m, k, n):
-    x, d, c = data(m, k), data(m, n, seed=1), np.abs(data(m, seed=2))
-    c[::3] = 0
-    poisoned_x, poisoned_d = x.copy(), d.copy()
-    poisoned_x[::3] = np.nan
-    poisoned_d[::6] = np.inf
+    x, d, c, poisoned_x, poisoned_d = counted(m, k, n)
     weighted = c[:, None].astype(float) * d
     value = call(linear.weighted_gradient(cpu, m, k, n), poisoned_x, poisoned_d, c)
     assert_close(value, x.astype(float).T @ weighted, np.abs(x.T) @ np.abs(weighted))
@@ -106,18 +99,8 @@ def test_additions_bound_the_chain():
     assert linear.weighted_gradient_additions(256) == 41
 
 
-def test_bits_do_not_depend_on_the_number_of_threads():
-    cpu = Cpu.native()
+def test_bits_do_not_depend_on_threads(cpu, call):
     m, k, n = 100, 300, 90
     x, d, c = data(m, k), data(m, n, seed=1), np.abs(data(m, seed=2))
-    kernel = kernel_object.library({"kernel": linear.weighted_gradient(cpu, m, k, n)}, cpu)[
-        "kernel"
-    ]
-    threads = tvm.get_global_func("runtime.config_threadpool")
-    results = []
-    for count in (1, 2):
-        threads(1, count)
-        arguments = [tvm.runtime.tensor(a) for a in (x, d, c, np.zeros((k, n), np.float32))]
-        kernel(*arguments)
-        results.append(arguments[-1].numpy().tobytes())
-    assert results[0] == results[1]
+    kernel = linear.weighted_gradient(cpu, m, k, n)
+    assert_same_bits_on_one_thread(lambda: [call(kernel, x, d, c)])

@@ -6,13 +6,12 @@ import test_conv as direct
 import test_epilogue
 import test_mixed
 import test_winograd
-import tvm
 from hypothesis import HealthCheck, given, settings
+from templates import assert_runtime_suffices, assert_same_bits_on_one_thread, assert_stored_norms
 
-from myelin.kernels import conv as plain
 from myelin.kernels import mixed_conv as kernels
-from myelin.kernels import object as kernel_object
 from myelin.kernels.conv import Conv
+from myelin.kernels.object import workspace_bytes
 
 cpu = test_mixed.cpu
 rounded = test_mixed.rounded
@@ -65,15 +64,7 @@ def check(conv, cpu, call):
     scale = direct.gradients(conv, np.abs(xp), np.abs(d))
     assert_near(g, direct.gradients(conv, near[0], near[2]), scale)
     assert np.all(np.abs(g - direct.gradients(conv, xp, d)) <= LARGEST * scale)
-    assert_bounded(conv, g, s)
-
-
-def assert_bounded(conv, g, s):
-    """The norm is of the numbers that are stored, which are those that are summed."""
-    exact = (g.astype("d") ** 2).sum(1)
-    assert np.all(exact <= s * (1 + plain.stored_norm_inflation(conv)))
-    flushed = conv.weights * 2.0**-125
-    assert np.all(s <= exact * (1 + plain.stored_norm_inflation(conv)) + flushed)
+    assert_stored_norms(conv, g, s)
 
 
 @every_shape
@@ -140,7 +131,6 @@ def test_what_is_not_finite_stays_with_its_example(algorithm, poison, cpu, call)
 def test_bits_do_not_depend_on_threads(algorithm, cpu, call):
     conv = SHAPES["whole"]
     xp, w, b, d = direct.arrays(conv)
-    configure = tvm.get_global_func("runtime.config_threadpool")
     forward, backward, stored = templates(conv, cpu, algorithm)
 
     def everything():
@@ -150,13 +140,7 @@ def test_bits_do_not_depend_on_threads(algorithm, cpu, call):
             *direct.results(call, stored, xp, d, count=2),
         ]
 
-    two = everything()
-    configure(1, 1)
-    try:
-        one = everything()
-    finally:
-        configure(1, 2)
-    assert [a.tobytes() for a in one] == [a.tobytes() for a in two]
+    assert_same_bits_on_one_thread(everything)
 
 
 VECTORS = {
@@ -225,15 +209,14 @@ def test_winograd_products_are_those_of_rounded_operands(conv, cpu, call):
     assert_like(direct.results(call, backward, d, w)[0], true_dx)
     g, s = direct.results(call, stored, xp, d, count=2)
     assert_rounded(g, expected_g, direct.gradients(conv, xp, d))
-    assert_bounded(conv, g, s)
+    assert_stored_norms(conv, g, s)
 
 
 @algorithms
 def test_the_object_needs_nothing_that_the_runtime_lacks(algorithm, cpu):
     found = dict(zip(PRODUCTS, templates(SHAPES["whole"], cpu, algorithm), strict=True))
-    code = kernel_object.build(found, cpu)
-    assert kernel_object.undefined(code) <= kernel_object.ALLOWED
-    assert kernel_object.workspace_bytes(found, cpu) == 0
+    assert_runtime_suffices(found, cpu)
+    assert workspace_bytes(found, cpu) == 0
 
 
 @test_epilogue.every_conv
