@@ -21,6 +21,19 @@ from benchmarks.report import ROOT, THREADS
 
 LEAST = 5
 """Steps of a burst, however long they take."""
+WARMING = 0.3
+"""Of a burst's time, before it: the first steps after a rest take memory that was given back."""
+KEPT = ", memory kept"
+"""How the mode of a row ends that never gives memory back to the system: the C library is told so.
+
+Fresh pages are dear on virtual machines, and libraries that allocate each result take many a step.
+"""
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "MALLOC_ARENA_MAX": "1",
+}
 
 
 class RowFailed(Exception):
@@ -30,16 +43,17 @@ class RowFailed(Exception):
 class Row:
     """A row's process. `burst` lets it work; `end` gives what it says of itself."""
 
-    def __init__(self, module: str, *words: str) -> None:
+    def __init__(self, module: str, case: str, mode: str, precision: str) -> None:
+        kept = ALLOCATOR if mode.endswith(KEPT) else {}
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 lives as long as the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"benchmarks.{module}", *words],
+            [sys.executable, "-m", f"benchmarks.{module}", case, mode, precision],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
             cwd=ROOT,
-            env=os.environ | {"TVM_NUM_THREADS": str(THREADS)},
+            env=os.environ | {"TVM_NUM_THREADS": str(THREADS)} | kept,
         )
         self._answer()
 
@@ -92,7 +106,11 @@ def _tell(what: Any) -> None:
 
 
 def timed(step: Callable[[], Any], seconds: float) -> list[float]:
-    """Seconds of each step, for so long."""
+    """Seconds of each step, for so long, after warming up."""
+    until = time.perf_counter() + WARMING * seconds
+    step()
+    while time.perf_counter() < until:
+        step()
     times: list[float] = []
     until = time.perf_counter() + seconds
     while len(times) < LEAST or time.perf_counter() < until:

@@ -22,7 +22,7 @@ os.environ.setdefault("TVM_NUM_THREADS", "2")
 
 import numpy as np
 
-from benchmarks.burst import serve, timed
+from benchmarks.burst import KEPT, serve, timed
 from benchmarks.models import Case, case_named
 from benchmarks.step import Run, build
 from myelin import nn
@@ -39,7 +39,8 @@ OPTIMIZER = SGD(lr=0.01, momentum=0.9)
 
 def main() -> None:
     """Serves one mode of one case."""
-    case, mode, precision = case_named(sys.argv[1]), sys.argv[2], cast(Precision, sys.argv[3])
+    case, precision = case_named(sys.argv[1]), cast(Precision, sys.argv[3])
+    mode = sys.argv[2].removesuffix(KEPT)
     identity = {
         "model": case.name,
         "batch": case.batch,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.burst import serve, timed
+from benchmarks.burst import KEPT, serve, timed
 from benchmarks.models import Case, case_named
 from benchmarks.report import THREADS
 
@@ -26,7 +26,9 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
-    step = _step(case, mode, precision)
+    way = mode.removesuffix(KEPT)
+    private = way in ("hooks", "ghost")
+    step = _step(case, way, precision)
     for _ in range(5):
         step()
 
@@ -34,10 +36,10 @@ def main() -> None:
         return {
             "model": case.name,
             "batch": case.batch,
-            "system": "opacus" if mode in ("hooks", "ghost") else "pytorch",
+            "system": "opacus" if private else "pytorch",
             "mode": mode,
             "precision": precision,
-            "private": mode in ("hooks", "ghost"),
+            "private": private,
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
 

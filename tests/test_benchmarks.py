@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,11 @@ def row(system: str, mode: str, precision: str, private: bool, ms: float, **more
 ROWS = [
     row("pytorch", "eager", "float32", False, 8.0),
     row("pytorch", "compile", "float32", False, 6.0),
+    row("pytorch", "channels_last, memory kept", "float32", False, 5.0),
     row("pytorch", "eager", "bf16", False, 3.0),
     row("opacus", "hooks", "float32", True, 40.0),
     row("opacus", "ghost", "float32", True, 20.0, peak_mib=300.0),
+    row("opacus", "hooks, memory kept", "float32", True, 16.0),
     row("myelin", "outside", "float32", False, 1.6),
     row("myelin", "outside", "float32", True, 1.5),
     row("myelin", "cell", "float32", True, 2.0, kernels_ms=1.2, launch_ms=3.0, image_bytes=1024)
@@ -79,8 +82,10 @@ def test_quotients_take_the_peers_at_their_best() -> None:
     assert bench.quotients(ROWS)["m"] == pytest.approx(
         {
             "speed ÷ PyTorch float32, not private": 3.0,
+            "the same, PyTorch's memory kept": 2.5,
             "speed ÷ PyTorch bf16, not private": 1.5,
             "speed ÷ better Opacus": 10.0,
+            "the same, Opacus' memory kept": 8.0,
             "time ÷ own not private": 1.25,
             "time of kernels ÷ outside": 0.8,
             "memory ÷ Opacus ghost": 0.1,
@@ -89,7 +94,7 @@ def test_quotients_take_the_peers_at_their_best() -> None:
 
 
 def test_a_peer_that_did_not_run_leaves_no_number() -> None:
-    found = bench.quotients(ROWS[2:])["m"]
+    found = bench.quotients([r for r in ROWS if r["system"] != "pytorch"])["m"]
     assert np.isnan(found["speed ÷ PyTorch float32, not private"])
     assert found["speed ÷ better Opacus"] == 10.0
 
@@ -115,17 +120,31 @@ def test_a_row_is_the_median_of_its_rounds() -> None:
 
 
 def test_a_row_works_when_asked_and_then_says_what_it_is() -> None:
-    row = burst.Row("peers", "mlp", "eager", "float32")
+    row = burst.Row("peers", "mlp", "eager" + burst.KEPT, "float32")
     first = row.burst(0.0)
     assert list(first) == ["step"]
     assert len(first["step"]) == burst.LEAST
-    assert len(row.burst(1.0)["step"]) > burst.LEAST
     facts = row.end()
     assert facts.pop("peak_mib") > 10
     assert facts == {
-        **{"model": "mlp 784-256-128-10", "batch": 256, "system": "pytorch", "mode": "eager"},
+        **{"model": "mlp 784-256-128-10", "batch": 256, "system": "pytorch"},
+        **{"mode": "eager, memory kept"},
         **{"precision": "float32", "private": False},
     }
+
+
+def test_a_burst_lasts_as_long_as_it_is_told_and_warms_up_before() -> None:
+    calls: list[float] = []
+
+    def step() -> None:
+        calls.append(time.perf_counter())
+        time.sleep(0.01)
+
+    times = burst.timed(step, 0.5)
+    assert len(times) > burst.LEAST
+    assert 0.49 < sum(times) < 5
+    assert len(calls) > len(times)
+    assert len(burst.timed(step, 0.0)) == burst.LEAST
 
 
 def test_a_row_that_cannot_start_says_why() -> None:
