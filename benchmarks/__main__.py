@@ -3,8 +3,8 @@
 `python -m benchmarks [--models NAME,…|all] [--rounds N] [--seconds S] [--page [--steps N]]`. Every
 row is a process of its own with two threads; all of a model work in turn (`benchmarks.burst`), and
 a row's time is the median of its rounds' medians. Writes build/bench.json. `--page` measures
-memory, kernels, the cost of privacy by layer, threads, loading, scaling and accuracy as well and
-writes docs/benchmarks.md and its pictures.
+memory, kernels, the cost of privacy by layer, threads, noise, loading, scaling and accuracy as well
+and writes docs/benchmarks.md and its pictures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, kernels, load, memory, pictures, report, scaling, threads
+from benchmarks import accuracy, kernels, load, memory, noise, pictures, report, scaling, threads
 from benchmarks.burst import ALLOCATOR, KEPT, Row, RowFailed
 from benchmarks.models import SMALL, cases_named
 from benchmarks.report import BUILD, PICTURES, ROOT, Section, Table
@@ -66,6 +66,7 @@ def main() -> None:
             lambda: kernels.cost_by_layer(cases, asked.seconds, folder),
             lambda: threads.speedup(cases, asked.seconds),
             lambda: threads.limits(asked.seconds),
+            noise.section,
             load.section,
             lambda: scaling.section(scaling.MODEL, asked.seconds, folder),
             lambda: accuracy.section(accuracy.MODELS, asked.steps, folder),

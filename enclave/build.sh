@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds the enclave runtime of one CPU level: build.sh LEVEL OUTDIR writes OUTDIR/libmyelin_enclave.a;
-# build.sh LEVEL OUTDIR EXAMPLE an example of the protocol in the same way, for this machine: OUTDIR/EXAMPLE.
+# build.sh LEVEL OUTDIR EXAMPLE an example of a crate in the same way, for this machine: OUTDIR/EXAMPLE.
 # Levels of one family of processors take the runtime of x86-64-v4 (src/myelin/cpu.py).
 # The bytes depend on nothing but the sources, Cargo.lock, the toolchain and the level: not on folders or the machine.
 set -eu
@@ -17,7 +17,7 @@ esac
 target=x86_64-unknown-linux-gnu
 case ${3-} in
     "") set -- libmyelin_enclave.a --package myelin-gate ;;
-    *) set -- "examples/$3" --package myelin-protocol --example "$3" ;;
+    *) set -- "examples/$3" --example "$3" ;;
 esac
 made=$1
 shift
