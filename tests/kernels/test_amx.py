@@ -59,7 +59,7 @@ CAST = re.compile(r"(%\S+) = .*@llvm\.x86\.cast\.(vector|tile)\.to\.\w+\.\w+\(.*
 
 
 @templates
-@pytest.mark.parametrize("size", [(64, 784, 40), (33, 50, 70), (17, 2100, 33)])
+@pytest.mark.parametrize("size", [(64, 784, 40), (33, 50, 70), (17, 2100, 33), (1, 784, 32)])
 def test_llvm_can_replace_every_cast(templates, size):
     """See `bf16.TILE_WORDS`: into a tile goes what was read, zero or a product, and out nothing."""
     build = tvm.get_global_func("target.build.llvm")

@@ -114,7 +114,9 @@ class _Tiles:
         self.count, self.steps = -(-lines // LANES), -(-depth // _DEPTH)
         unlike = list(dict.fromkeys(parts))
         self.terms = [unlike.index(part) for part in parts]
-        self._packed = workspace(self.count, self.steps, len(unlike) * TILE, dtype="int32")
+        # A single tile would be on the stack, and LLVM would keep it in vectors of its own making.
+        size = max(len(unlike), 2 if self.count * self.steps == 1 else 1) * TILE
+        self._packed = workspace(self.count, self.steps, size, dtype="int32")
         for line, wide, at, deep in self._each(lines, depth, len(unlike)):
             tile, step = line // LANES, at // _DEPTH
             for number, part in enumerate(unlike):
