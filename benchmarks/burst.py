@@ -2,14 +2,15 @@
 
 Speed of a shared machine changes from one minute to the next, more than the rows differ. So all
 rows of a model are made first; then, round after round, each works for a second while the others
-sleep, and only rows of the same rounds are compared. A row's process calls `serve`; `Row` starts
-one and asks it.
+are stopped (their threads would wait for work by spinning), and only rows of the same rounds are
+compared. A row's process calls `serve`; `Row` starts one and asks it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,20 +54,27 @@ class Row:
             stderr=self._errors,
             text=True,
             cwd=ROOT,
+            # Of its own, to be stopped alone; the system ends stopped groups whose parent is gone.
+            process_group=0,
             env=os.environ | {"TVM_NUM_THREADS": str(THREADS)} | kept,
         )
         self._answer()
+        self._signal(signal.SIGSTOP)
 
     def burst(self, seconds: float) -> dict[str, list[float]]:
         """Seconds of each step, under "step" and other names, of a burst of so many seconds."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         self._process.stdin.write(f"{seconds}\n")
         self._process.stdin.flush()
-        return dict(self._answer())
+        times = dict(self._answer())
+        self._signal(signal.SIGSTOP)
+        return times
 
     def end(self) -> dict[str, Any]:
         """The row's other values; its process is over then."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         self._process.stdin.close()
         facts = dict(self._answer())
         self._close()
@@ -82,6 +90,10 @@ class Row:
         words = self._errors.read().strip().splitlines() or ["no words"]
         self._close()
         raise RowFailed(words[-1])
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To the row's process and those that it started."""
+        os.killpg(self._process.pid, number)
 
     def _close(self) -> None:
         with self._process, self._errors:

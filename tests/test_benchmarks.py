@@ -339,7 +339,7 @@ def test_pictures_are_readable_text_on_their_own_ground(tmp_path) -> None:
     for text in texts:
         assert "<text" in text
         assert "fill: #ffffff" in text
-    assert "3.00× · 5,000/s" in texts[0]
+    assert "2.50× · 5,000/s" in texts[0]
     assert "loss, factors" in texts[1]
     assert pictures.throughput(bench.bars(ROWS), tmp_path).read_text() == texts[0]
 
