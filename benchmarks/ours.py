@@ -32,7 +32,6 @@ from myelin.optimizer import SGD
 from myelin.outside import Outside
 from myelin.plan import compile_training
 
-MODES = ("outside", "outside-private", "cell")
 LAUNCHES = 20
 OPTIMIZER = SGD(lr=0.01, momentum=0.9)
 

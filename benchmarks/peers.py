@@ -17,8 +17,6 @@ from benchmarks.burst import KEPT, serve, timed
 from benchmarks.models import Case, case_named
 from benchmarks.report import THREADS
 
-MODES = ("eager", "channels_last", "compile", "hooks", "ghost")
-
 
 def main() -> None:
     """Serves one mode of one case."""

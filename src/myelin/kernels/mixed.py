@@ -143,11 +143,7 @@ def _product(
     start: Any = None,
     chain: int | None = None,
 ) -> None:
-    """Writes start[column] + Σ_depth left · right at (row, column).
-
-    `extents` are (rows, columns, depth). With `chain`, no accumulator adds more than that many
-    pairs before it goes into a total.
-    """
+    """What `amx.product` does, on vectors where the level has no tiles."""
     if amx.FEATURE in cpu.features:
         amx.product(extents, left, right, write, split=split, start=start, chain=chain)
         return
