@@ -13,12 +13,13 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import accuracy, kernels, load, memory, noise, pictures, report, scaling, threads
 from benchmarks.burst import ALLOCATOR, KEPT, Row, RowFailed
-from benchmarks.models import SMALL, cases_named
+from benchmarks.models import SMALL, Case, cases_named
 from benchmarks.report import BUILD, PICTURES, ROOT, Section, Table
 from myelin.cpu import Cpu
 
@@ -58,24 +59,33 @@ def main() -> None:
         BUILD.mkdir(exist_ok=True)
         (BUILD / "bench.json").write_text(json.dumps(facts(rows), indent=1) + "\n")
         folder = PICTURES if asked.page else BUILD
-        sections = [speed(rows, folder)]
-        sections[0].print()
+        sections: list[Section] = []
         for more in (
-            lambda: memory.section(cases),
-            lambda: kernels.roofline(cases, asked.seconds, worst=5),
-            lambda: kernels.cost_by_layer(cases, asked.seconds, folder),
-            lambda: threads.speedup(cases, asked.seconds),
-            lambda: threads.limits(asked.seconds),
-            noise.section,
-            load.section,
-            lambda: scaling.section(scaling.MODEL, asked.seconds, folder),
-            lambda: accuracy.section(accuracy.MODELS, asked.steps, folder),
-        ) * asked.page:
+            lambda: speed(rows, folder),
+            *(of_page(cases, asked, folder) if asked.page else ()),
+        ):
             sections.append(more())
             sections[-1].print()
+            if asked.page:  # After each section: what ends early loses none of them.
+                (ROOT / "docs" / "benchmarks.md").write_text(page(sections, asked, before))
         print(f"load average {before} at the start, {report.load()} at the end")
-        if asked.page:
-            (ROOT / "docs" / "benchmarks.md").write_text(page(sections, asked, before))
+
+
+def of_page(
+    cases: list[Case], asked: argparse.Namespace, folder: Path
+) -> list[Callable[[], Section]]:
+    """What follows the speed on the page, in its order."""
+    return [
+        lambda: memory.section(cases),
+        lambda: kernels.roofline(cases, asked.seconds, worst=5),
+        lambda: kernels.cost_by_layer(cases, asked.seconds, folder),
+        lambda: threads.speedup(cases, asked.seconds),
+        lambda: threads.limits(asked.seconds),
+        noise.section,
+        load.section,
+        lambda: scaling.section(scaling.MODEL, asked.seconds, folder),
+        lambda: accuracy.section(accuracy.MODELS, asked.steps, folder),
+    ]
 
 
 def facts(rows: list[dict[str, Any]]) -> dict[str, Any]:
