@@ -26,7 +26,8 @@ from benchmarks.models import Case, case_named
 from benchmarks.report import BUILD, THREADS, Section, Table
 from myelin import nn
 from myelin.cpu import Cpu, Precision
-from myelin.model import Model, load
+from myelin.importers import load
+from myelin.model import Model
 from myelin.optimizer import SGD
 from myelin.outside import Outside
 from myelin.plan import compile_training

@@ -30,10 +30,10 @@ from benchmarks.models import Case, cases_named
 from benchmarks.report import THREADS, Section, Table
 from myelin import nn
 from myelin.cpu import Cpu, Precision
+from myelin.importers import load as load_model
 from myelin.kernels import bf16
 from myelin.kernels import object as kernel_object
 from myelin.kernels.tir import Kernel, load, local, serial, store
-from myelin.model import load as load_model
 from myelin.optimizer import SGD
 from myelin.outside import Outside
 from myelin.plan import compile_training

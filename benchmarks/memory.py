@@ -13,7 +13,7 @@ from benchmarks.models import Case, cases_named
 from benchmarks.report import Section, Table
 from myelin import nn
 from myelin.cpu import Cpu
-from myelin.model import load
+from myelin.importers import load
 from myelin.optimizer import SGD
 from myelin.plan import compile_training
 from myelin.planner import STORED_BYTES

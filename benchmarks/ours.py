@@ -27,7 +27,7 @@ from benchmarks.models import Case, case_named
 from benchmarks.step import Run, build
 from myelin import nn
 from myelin.cpu import Cpu, Precision
-from myelin.model import load
+from myelin.importers import load
 from myelin.optimizer import SGD
 from myelin.outside import Outside
 from myelin.plan import compile_training

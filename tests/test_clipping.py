@@ -6,16 +6,16 @@ import tvm
 from hypothesis import given
 from hypothesis import strategies as st
 
-from myelin import clipping, nn, planner, training
+from myelin import clipping, graph, nn, planner, training
 from myelin.cpu import Cpu
+from myelin.graph import Objective
+from myelin.importers import load
 from myelin.kernels import conv as direct
 from myelin.kernels import winograd
 from myelin.kernels.window import Conv
-from myelin.model import load
 from myelin.optimizer import SGD
 from myelin.plan import Outside, compile_training
 from myelin.planner import Gradient
-from myelin.training import Objective
 
 
 def objective(model, **options):
@@ -82,8 +82,8 @@ def test_a_gram_norm_is_bounded_for_the_kernel_that_sums(monkeypatch, algorithm)
     module = training.training_graph(model.relax(3), wanted)
     attributes = {
         str(b.value.args[0].global_symbol): [int(n) for n in b.value.args[1].fields[-1].values]
-        for b in training.bindings(module["main"])
-        if training.operator(b.value) == "relax.call_dps_packed"
+        for b in graph.bindings(module["main"])
+        if graph.operator(b.value) == "relax.call_dps_packed"
     }
     norm, total = attributes["myelin.conv-gram"], attributes["myelin.conv-gradient"]
     assert norm == total
@@ -114,8 +114,8 @@ def test_many_layers_add_their_norms_in_several_kernels():
     module = training.training_graph(model.relax(2), objective(model))
     calls = [
         b.value.args
-        for b in training.bindings(module["main"])
-        if training.operator(b.value) == "relax.call_dps_packed"
+        for b in graph.bindings(module["main"])
+        if graph.operator(b.value) == "relax.call_dps_packed"
     ]
     names = [str(arguments[0].global_symbol) for arguments in calls]
     assert names.count("myelin.norm-sum") == 4
@@ -155,6 +155,6 @@ def test_a_gradient_survives_as_attributes():
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3)])
 def test_a_linear_layer_on_lists_of_rows_is_a_convolution(shape):
     model = load(nn.Sequential(nn.Linear(shape[1], 4), nn.Flatten()), shape)
-    (layer,) = training.layers(model.relax(7)["main"], objective(model))
+    (layer,) = graph.layers(model.relax(7)["main"], objective(model))
     rows, size = shape
     assert clipping.convolution(layer) == Conv(n=7, h=rows, w=1, ci=size, co=4, kh=1, kw=1)

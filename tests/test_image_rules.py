@@ -20,8 +20,8 @@ import pytest
 
 from myelin import nn
 from myelin.cpu import LEVELS, Cpu
+from myelin.importers import load
 from myelin.kernels import object as kernel_object
-from myelin.model import load
 from myelin.native import native_file
 from myelin.optimizer import SGD
 from myelin.plan import compile_training

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from myelin import nn
 from myelin.cpu import Cpu
 from myelin.errors import ModelRefused, UnsupportedLayer
-from myelin.model import Model, load
+from myelin.importers import load
+from myelin.model import Model
 from myelin.optimizer import SGD
 from myelin.plan import Outside, compile_training
 

@@ -3,7 +3,7 @@ import pytest
 
 from myelin import nn
 from myelin.errors import ModelRefused
-from myelin.model import load
+from myelin.importers import load
 
 torch = pytest.importorskip("torch")
 

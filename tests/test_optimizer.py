@@ -4,7 +4,7 @@ import pytest
 from myelin import nn
 from myelin.cpu import Cpu
 from myelin.errors import ModelRefused
-from myelin.model import load
+from myelin.importers import load
 from myelin.optimizer import SGD, Adam, optimizer_from_dict, optimizer_to_dict
 from myelin.plan import Outside, compile_training
 from myelin.weights import pack, unpack

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from myelin import nn
 from myelin.cpu import Cpu
 from myelin.errors import DataRefused, ModelRefused
+from myelin.importers import load
 from myelin.kernels import object as kernel_object
-from myelin.model import load
+from myelin.lowering import Buffer, Lowering, allocate
 from myelin.optimizer import SGD, Adam
-from myelin.plan import Buffer, Lowering, Outside, allocate, compile_training
+from myelin.plan import Outside, compile_training
 from myelin.weights import pack, unpack
 
 torch = pytest.importorskip("torch")

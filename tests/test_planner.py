@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from myelin import cost, nn, planner
 from myelin.cpu import Cpu
+from myelin.importers import load
 from myelin.kernels.window import Conv, Product
-from myelin.model import load
 from myelin.optimizer import SGD
 from myelin.plan import compile_training
 

@@ -11,10 +11,10 @@ from tvm import relax
 from tvm.script import ir as I
 from tvm.script import relax as R
 
-from myelin import clipping, nn, training
+from myelin import graph, nn, training
 from myelin.errors import ModelRefused, UnsupportedLayer
-from myelin.model import load
-from myelin.training import Objective
+from myelin.graph import Objective
+from myelin.importers import load
 
 torch = pytest.importorskip("torch")
 
@@ -35,7 +35,7 @@ def after(name):
     """The module that the pass `name` makes of the small model; its input; the objective."""
     model = small()
     how, module = objective(model), model.relax(BATCH)
-    for known, run in (*training.PASSES, *clipping.PASSES):
+    for known, run in training.PASSES:
         before, module = module, run(module, how)
         if known == name:
             return module, before, model
@@ -122,9 +122,9 @@ def test_the_seed_makes_a_scalar_without_a_loss():
     scalar, again = evaluate(module, x, *weights(model), *zeros, seed)
     np.testing.assert_array_equal(again, logits)
     np.testing.assert_allclose(scalar, (logits * seed).sum(), rtol=1e-5)
-    names = [training.operator(b.value) for b in training.bindings(module["main"])]
+    names = [graph.operator(b.value) for b in graph.bindings(module["main"])]
     assert names[-2:] == ["relax.multiply", "relax.sum"]
-    assert names[:-2] == [training.operator(b.value) for b in training.bindings(before["main"])]
+    assert names[:-2] == [graph.operator(b.value) for b in graph.bindings(before["main"])]
 
 
 def test_relax_differentiates_with_respect_to_the_probes():
@@ -142,7 +142,7 @@ def test_relax_differentiates_with_respect_to_the_probes():
 def test_the_adjoint_of_the_logits_is_the_seed_itself():
     module, _, model = after("keep-adjoints")
     function = module["main"]
-    logits, first, last = training.returned(function).fields
+    logits, first, last = graph.returned(function).fields
     assert last.same_as(next(p for p in function.params if p.name == "seed"))
     assert [tuple(map(int, v.ty.shape)) for v in (logits, first)] == [(4, 2), (4, 5)]
     x, _ = data()
@@ -216,7 +216,7 @@ def numpy_kernels():
 
 def test_the_seed_becomes_the_losss_own_derivative(numpy_kernels):
     module, before, model = after("bind-loss")
-    names = [training.operator(b.value) for b in training.bindings(module["main"])]
+    names = [graph.operator(b.value) for b in graph.bindings(module["main"])]
     assert names.count("relax.call_dps_packed") == 1
     assert [p.name for p in module["main"].params][-1] == "y"
     assert [p.name for p in before["main"].params][-1] == "seed"
@@ -232,8 +232,8 @@ def test_the_finished_graph_sums_clipped_gradients(numpy_kernels):
     module, _, model = after("clip-and-sum")
     called = [
         str(b.value.args[0].global_symbol)
-        for b in training.bindings(module["main"])
-        if training.operator(b.value) == "relax.call_dps_packed"
+        for b in graph.bindings(module["main"])
+        if graph.operator(b.value) == "relax.call_dps_packed"
     ]
     assert called == [
         "myelin.cross-entropy-adjoint",
@@ -268,7 +268,7 @@ def test_passes_see_their_results_recorded_in_order():
     training.training_graph(
         model.relax(2), objective(model), record=lambda name, module: seen.append(name)
     )
-    assert seen == [name for name, _ in (*training.PASSES, *clipping.PASSES)]
+    assert seen == [name for name, _ in training.PASSES]
 
 
 @pytest.mark.parametrize(
@@ -332,4 +332,4 @@ def test_parameters_without_a_norm_rule_are_refused(module, why):
 
 def test_an_unknown_loss_is_refused():
     with pytest.raises(ModelRefused, match="'hinge' is no loss: use one of cross-entropy"):
-        training.check_loss("hinge")
+        graph.check_loss("hinge")

@@ -25,6 +25,7 @@ from tvm import relax
 
 from myelin import planner
 from myelin.cpu import Cpu, Precision
+from myelin.graph import Layer, Objective, kernel, layers, rebuild, returned
 from myelin.kernels import clipping as clip_kernels
 from myelin.kernels import conv as conv_kernels
 from myelin.kernels import linear, mixed, split
@@ -32,7 +33,6 @@ from myelin.kernels import normalise as normalise_kernels
 from myelin.kernels.update import HYPER
 from myelin.kernels.window import Conv, Product
 from myelin.planner import CONV, Gradient, Method
-from myelin.training import Layer, Objective, kernel, layers, rebuild, returned
 
 LINEAR: Mapping[Precision, Any] = {"float32": linear, "bf16": mixed, "bf16x3": split}
 """The templates of linear layers' products and norms, by the precision of products."""
@@ -80,9 +80,6 @@ def clip_and_sum(module: Any, objective: Objective) -> Any:
     return relax.transform.DeadCodeElimination()(
         rebuild(function, [*function.params, mask, hyper], rule, finish)
     )
-
-
-PASSES = (("clip-and-sum", clip_and_sum),)
 
 
 def methods(module: Any, objective: Objective) -> list[tuple[str, Method]]:

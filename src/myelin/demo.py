@@ -23,8 +23,8 @@ from myelin.cpu import Cpu
 from myelin.evidence.simulator import World
 from myelin.grant import Ledger
 from myelin.hospitals import Records
+from myelin.importers import load
 from myelin.job import Job
-from myelin.model import load
 from myelin.optimizer import SGD
 from myelin.party import Party
 from myelin.plan import Outside, compile_training

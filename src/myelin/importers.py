@@ -51,6 +51,38 @@ _ATEN = frozenset(
 )
 
 
+def load(source: Any, example: Any = None, *, seed: int | np.random.Generator = 0) -> Model:
+    """Read a model.
+
+    `source`: a `torch.nn.Module`, the path of an .onnx file, a layer of `myelin.nn`, or a Relax
+    module. `example`: an array of one or more examples, batch first (or for layers the shape of
+    one example as a tuple).
+    `seed`: where the weights of `myelin.nn` layers are drawn from; the others bring their own.
+    Raises UnsupportedLayer or ModelRefused, naming the layer, why, and what to do.
+    """
+    if hasattr(source, "build"):
+        return _from_layers(source, example, seed)
+    if isinstance(source, str | Path):
+        return from_onnx(Path(source), example)
+    if any(base.__module__.startswith("torch.nn") for base in type(source).__mro__):
+        return from_torch(source, example)
+    if type(source).__name__ == "IRModule":
+        return from_relax(source)
+    raise ModelRefused(
+        f"{type(source).__name__} is no model: give a torch.nn.Module, the path of an .onnx file, "
+        "layers of myelin.nn or a Relax module"
+    )
+
+
+def _from_layers(layer: Any, example: Any, seed: int | np.random.Generator) -> Model:
+    if example is None:
+        raise ModelRefused("layers of myelin.nn need an example, or its shape")
+    shape = tuple(example) if isinstance(example, tuple) else tuple(np.shape(example)[1:])
+    builder = Builder(shape)
+    layer.build(builder, "", INPUT, np.random.default_rng(seed))
+    return builder.finish()
+
+
 def from_torch(module: Any, example: Any) -> Model:
     """Read a `torch.nn.Module` by `torch.export` and TVM's front end.
 
@@ -355,7 +387,7 @@ class _Reader:
     def __init__(
         self, function: Any, parameters: Mapping[Any, tuple[str, npt.NDArray[Any]]]
     ) -> None:
-        from myelin.training import bindings, returned
+        from myelin.graph import bindings, returned
 
         self._function = function
         self._bindings = bindings(function)

@@ -16,7 +16,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -525,40 +524,6 @@ OPERATORS: dict[str, Operator] = {
     "reshape": Operator({"shape": _dimensions}, _infer_reshape, _emit_reshape),
     "concat": Operator({"axis": lambda v: type(v) is int and v >= 0}, _infer_concat, _emit_concat),
 }
-
-
-def load(source: Any, example: Any = None, *, seed: int | np.random.Generator = 0) -> Model:
-    """Read a model.
-
-    `source`: a `torch.nn.Module`, the path of an .onnx file, a layer of `myelin.nn`, or a Relax
-    module. `example`: an array of one or more examples, batch first (or for layers the shape of
-    one example as a tuple).
-    `seed`: where the weights of `myelin.nn` layers are drawn from; the others bring their own.
-    Raises UnsupportedLayer or ModelRefused, naming the layer, why, and what to do.
-    """
-    if hasattr(source, "build"):
-        return _from_layers(source, example, seed)
-    from myelin import importers
-
-    if isinstance(source, str | Path):
-        return importers.from_onnx(Path(source), example)
-    if any(base.__module__.startswith("torch.nn") for base in type(source).__mro__):
-        return importers.from_torch(source, example)
-    if type(source).__name__ == "IRModule":
-        return importers.from_relax(source)
-    raise ModelRefused(
-        f"{type(source).__name__} is no model: give a torch.nn.Module, the path of an .onnx file, "
-        "layers of myelin.nn or a Relax module"
-    )
-
-
-def _from_layers(layer: Any, example: Any, seed: int | np.random.Generator) -> Model:
-    if example is None:
-        raise ModelRefused("layers of myelin.nn need an example, or its shape")
-    shape = tuple(example) if isinstance(example, tuple) else tuple(np.shape(example)[1:])
-    builder = Builder(shape)
-    layer.build(builder, "", INPUT, np.random.default_rng(seed))
-    return builder.finish()
 
 
 def _tensor(shape: Shape) -> Any:

@@ -1,7 +1,7 @@
 """Layers for people with neither torch nor ONNX.
 
-A layer declares an operator and its parameters; nothing is computed here. `myelin.model.load` turns
-a layer, an example and a seed into a `Model`, with parameters named as PyTorch names them
+A layer declares an operator and its parameters; nothing is computed here. `myelin.importers.load`
+turns a layer, an example and a seed into a `Model`, with parameters named as PyTorch names them
 ("0.weight", "2.0.bias") and drawn from the distributions that PyTorch uses.
 
 Shapes leave out the batch: an image is (channels, height, width), a row of features (features,).

@@ -25,16 +25,17 @@ from myelin.cpu import LEVELS, PRECISIONS, Cpu, Precision
 from myelin.document import encode
 from myelin.errors import BuildFailed, ImageMismatch, UsageError
 from myelin.features import Features
+from myelin.graph import LOSSES
 from myelin.image import Image
+from myelin.importers import load
 from myelin.job import Reference
 from myelin.kernels import object as kernel_object
 from myelin.kernels.cache import Cache
-from myelin.model import Model, load
+from myelin.model import Model
 from myelin.native import native_file
 from myelin.optimizer import Optimizer, optimizer_from_dict, optimizer_to_dict
 from myelin.plan import Program, compile_training
 from myelin.planner import STORED_BYTES
-from myelin.training import LOSSES
 from myelin.weights import pack
 
 _INPUTS = 16
