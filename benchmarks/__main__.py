@@ -27,7 +27,7 @@ PLAN = [
     ("peers", "eager", "float32"),
     ("peers", "channels_last", "float32"),
     ("peers", "compile", "float32"),
-    ("peers", "eager", "bf16"),
+    *(("peers", mode, "bf16") for mode in ("eager", "channels_last", "compile")),
     ("peers", "hooks", "float32"),
     ("peers", "ghost", "float32"),
     *(("peers", mode + KEPT, "float32") for mode in ("channels_last", "hooks", "ghost")),

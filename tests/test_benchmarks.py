@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 
 from myelin import nn
-from myelin.model import load
+from myelin.cpu import Cpu
+from myelin.importers import load
+from myelin.optimizer import SGD
+from myelin.plan import Outside, compile_training
 
 torch = pytest.importorskip("torch")
 
@@ -64,10 +67,6 @@ def test_a_peer_computes_what_ours_does() -> None:
     case = case_named("resnet32")
     ours, theirs = load(case.layers(nn), case.shape), case.layers(torch.nn)
     theirs.load_state_dict({n: torch.tensor(v) for n, v in ours.parameters.items()})
-    from myelin.cpu import Cpu
-    from myelin.optimizer import SGD
-    from myelin.plan import Outside, compile_training
-
     program = compile_training(
         ours, loss="cross-entropy", optimizer=SGD(lr=0.1), batch=2, cpu=Cpu.native()
     )
@@ -76,6 +75,33 @@ def test_a_peer_computes_what_ours_does() -> None:
         expected = theirs(torch.tensor(x)).numpy()
     found = Outside(program, Cpu.native()).predict(x, ours.parameters)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mlp", "mnist_cnn"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("cifar_cnn", "vgg9", "resnet32")),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # PyTorch's exporter without onnxscript is the old one
+def test_inference_of_one_and_of_many_is_that_of_onnx_runtime(name, batch, tmp_path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    case = case_named(name)
+    ours, theirs = load(case.layers(nn), case.shape), case.layers(torch.nn).eval()
+    theirs.load_state_dict({n: torch.tensor(v) for n, v in ours.parameters.items()})
+    x = np.random.default_rng(0).standard_normal((batch, *case.shape)).astype(np.float32)
+    path = tmp_path / "net.onnx"
+    torch.onnx.export(theirs, (torch.tensor(x),), path, opset_version=20, dynamo=False)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (expected,) = session.run(None, {session.get_inputs()[0].name: x})
+    cpu = Cpu.native()
+    program = compile_training(
+        ours, loss="cross-entropy", optimizer=SGD(lr=0.1), batch=batch, cpu=cpu
+    )
+    found = Outside(program, cpu).predict(x, ours.parameters)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 def test_quotients_take_the_peers_at_their_best() -> None:
@@ -267,7 +293,6 @@ def test_the_kernel_that_loses_most_comes_first() -> None:
 def test_the_loops_that_find_the_limits_compute_what_they_claim() -> None:
     import tvm
 
-    from myelin.cpu import Cpu
     from myelin.kernels import object as kernel_object
 
     cpu = Cpu.native()
@@ -289,7 +314,6 @@ def test_the_loops_that_find_the_limits_compute_what_they_claim() -> None:
 def test_the_bf16_loop_adds_two_products_a_lane() -> None:
     import tvm
 
-    from myelin.cpu import Cpu
     from myelin.kernels import object as kernel_object
 
     cpu = Cpu.native()
