@@ -8,7 +8,7 @@ RUNTIMES := x86-64-v3 x86-64-v4
 RUST := $(shell find enclave cell -name '*.rs' -o -name '*.toml' -o -name '*.lock' -o -name '*.sh' -o -name '*.ld' -o -name '*.s' 2>/dev/null | grep -v /target/)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-kernels bench-scaling bench-threads bench-load bench-noise bench-accuracy size wheel docs clean vectors
+.PHONY: help setup demo test check bench bench-kernels bench-scaling bench-threads bench-load bench-noise bench-inference bench-accuracy size wheel docs clean vectors
 
 help:
 	@echo "make setup           virtual environment, enclave runtime and cell"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench-threads   one thread against two; how long helping threads wait"
 	@echo "make bench-load      a sealed file on its way into enclave memory"
 	@echo "make bench-noise     samples of noise a second"
+	@echo "make bench-inference predictions beside PyTorch and ONNX Runtime"
 	@echo "make bench-accuracy  loss curves beside PyTorch's, without noise"
 	@echo "make size            lines of trusted Rust, against their limit"
 	@echo "make wheel           a wheel that carries the prebuilt runtime and cell"
@@ -86,6 +87,9 @@ bench-load: setup $(VENV)/.dev
 
 bench-noise: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.noise
+
+bench-inference: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.inference $(if $(MODELS),--models $(MODELS))
 
 bench-accuracy: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.accuracy $(if $(MODELS),--models $(MODELS))

@@ -42,13 +42,15 @@ class RowFailed(Exception):
 
 
 class Row:
-    """A row's process. `burst` lets it work; `end` gives what it says of itself."""
+    """A row's process: a module of ours, and what it takes. `burst` lets it work; `end` gives what
+    it says of itself.
+    """
 
-    def __init__(self, module: str, case: str, mode: str, precision: str) -> None:
-        kept = ALLOCATOR if mode.endswith(KEPT) else {}
+    def __init__(self, module: str, *arguments: str) -> None:
+        kept = ALLOCATOR if any(argument.endswith(KEPT) for argument in arguments) else {}
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 lives as long as the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"benchmarks.{module}", case, mode, precision],
+            [sys.executable, "-m", f"benchmarks.{module}", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

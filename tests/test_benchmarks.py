@@ -24,7 +24,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
 from benchmarks import __main__ as bench  # noqa: E402
-from benchmarks import accuracy, burst, kernels, pictures, scaling, threads  # noqa: E402
+from benchmarks import accuracy, burst, inference, kernels, pictures, scaling, threads  # noqa: E402
 from benchmarks.models import CASES, WIDENED, Case, case_named  # noqa: E402
 from benchmarks.report import Section, Table  # noqa: E402
 
@@ -102,6 +102,15 @@ def test_inference_of_one_and_of_many_is_that_of_onnx_runtime(name, batch, tmp_p
     )
     found = Outside(program, cpu).predict(x, ours.parameters)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+def test_every_system_of_the_inference_benchmark_runs() -> None:
+    pytest.importorskip("onnxruntime")
+    (table,) = inference.section([case_named("mlp")], 0.01, rounds=1).tables
+    assert [row[:2] for row in table.rows] == [("mlp 784-256-128-10", n) for n in ("1", "256")]
+    assert all(float(ms) > 0 for row in table.rows for ms in row[2:])
+    assert len(table.rows[0]) == len(table.columns) == 6
 
 
 def test_quotients_take_the_peers_at_their_best() -> None:

@@ -82,8 +82,7 @@ class Outside:
         """The outputs, [batch, outputs]."""
         self._fill("x", x)
         self._fill_weights(weights)
-        for function, arguments in self._predict:
-            function(*arguments)
+        self.run_predict()
         return np.array(self.buffer("output")).reshape(-1, self.program.outputs)
 
     def update(self, gradient: npt.ArrayLike, step: int) -> Array:
@@ -102,6 +101,11 @@ class Outside:
     def run_gradient(self) -> None:
         """The gradient calls on what the buffers hold: the part that benchmarks time."""
         for function, arguments in self._gradient:
+            function(*arguments)
+
+    def run_predict(self) -> None:
+        """The prediction's calls on what the buffers hold, for benchmarks."""
+        for function, arguments in self._predict:
             function(*arguments)
 
     def time_step(self) -> list[float]:
