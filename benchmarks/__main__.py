@@ -14,11 +14,12 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import accuracy, kernels, load, memory, noise, pictures, report, scaling, threads
-from benchmarks.burst import ALLOCATOR, KEPT, Row, RowFailed
+from benchmarks.burst import ALLOCATOR, KEPT, Row, RowFailed, machine
 from benchmarks.models import SMALL, Case, cases_named
 from benchmarks.report import BUILD, PICTURES, ROOT, Section, Table
 from myelin.cpu import Cpu
@@ -31,6 +32,7 @@ PLAN = [
     ("peers", "hooks", "float32"),
     ("peers", "ghost", "float32"),
     *(("peers", mode + KEPT, "float32") for mode in ("channels_last", "hooks", "ghost")),
+    ("peers", "channels_last" + KEPT, "bf16"),
     ("ours", "outside" + KEPT, "float32"),
     ("ours", "outside-private" + KEPT, "float32"),
     ("ours", "cell", "float32"),
@@ -110,7 +112,7 @@ def measure(case: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
     for round_ in range(rounds):
         report.say(f"{case}: round {round_ + 1} of {rounds}")
         for row, medians in rows:
-            times = row.burst(seconds)
+            times = machine.undisturbed(partial(row.burst, seconds), seconds)
             medians.append({name: 1e3 * statistics.median(same) for name, same in times.items()})
     report.say("")
     return [finished(row.end(), medians) for row, medians in rows]
@@ -132,7 +134,7 @@ def best(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
     """The fastest row of those with these values; one of NaN where there is none."""
     fits = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
     fastest = sorted(fits, key=lambda row: row["median_ms"])
-    return fastest[0] if fastest else dict.fromkeys((*FORM, "kernels_ms"), NONE)
+    return fastest[0] if fastest else dict.fromkeys((*FORM, "before_mib", "kernels_ms"), NONE)
 
 
 def quotients(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -144,16 +146,16 @@ def quotients(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         cell, fastest = best(own, **ours, precision="float32"), best(own, **ours)
         usual = [row for row in own if not row["mode"].endswith(KEPT)]
         plain = {"system": "pytorch", "precision": "float32"}
+        half = plain | {"precision": "bf16"}
         ghost = best(own, mode="ghost")
         kernels = best(own, mode="outside", private=True)
         found[model] = {
             "speed ÷ PyTorch float32, not private": best(usual, **plain)["median_ms"]
             / cell["median_ms"],
             "the same, PyTorch's memory kept": best(own, **plain)["median_ms"] / cell["median_ms"],
-            "speed ÷ PyTorch bf16, not private": best(own, system="pytorch", precision="bf16")[
-                "median_ms"
-            ]
+            "speed ÷ PyTorch bf16, not private": best(usual, **half)["median_ms"]
             / fastest["median_ms"],
+            "the same, its memory kept": best(own, **half)["median_ms"] / fastest["median_ms"],
             "speed ÷ better Opacus": best(usual, system="opacus")["median_ms"] / cell["median_ms"],
             "the same, Opacus' memory kept": best(own, system="opacus")["median_ms"]
             / cell["median_ms"],
@@ -161,6 +163,8 @@ def quotients(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             / best(own, system="myelin", private=False)["median_ms"],
             "time of kernels ÷ outside": cell["kernels_ms"] / kernels["median_ms"],
             "memory ÷ Opacus ghost": cell["peak_mib"] / ghost["peak_mib"],
+            "the same, ghost without its libraries": cell["peak_mib"]
+            / (ghost["peak_mib"] - ghost["before_mib"]),
         }
     return found
 
@@ -173,14 +177,19 @@ def speed(rows: list[dict[str, Any]], folder: Path) -> Section:
         text=(
             "A private step in the cell does everything: it gathers the batch from the records in "
             "the enclave, computes forward, backward, norms, clipped sums, draws the noise and "
-            "updates. `outside` is the same kernels through TVM's own runtime, without gather and "
-            "noise; time ÷ own not private is therefore the dearest way to count privacy. "
+            "updates. It is one full physical batch, drawn from as many records at rate 1, for us "
+            "and for Opacus: Poisson sampling gives batches of changing size, so give an image a "
+            "physical batch that few draws exceed, for those take two. `outside` is our kernels "
+            "through TVM's own runtime, without gather and noise; not private, gradients of "
+            "weights are summed over the batch and no norms are taken. "
             "PyTorch and Opacus count in their best mode, Myelin in float32, but against bf16 "
             "in its best precision. Peers allocate as their packages come; where a mode says "
             "*memory kept*, the C library was told never to give memory back "
             f"(`{' '.join(f'{name}={value}' for name, value in ALLOCATOR.items())}`), which "
             "spares them fresh pages, and the columns *memory kept* take the better of both. "
-            "`outside` keeps its memory always."
+            "`outside` keeps its memory always. Memory is the most that a process had: of peers "
+            "the whole process, and besides without what it had before there was a model (Python "
+            "and libraries); of ours the cell with all that is in it, but not the host's Python."
         ),
         tables=[
             Table(
@@ -195,14 +204,14 @@ def speed(rows: list[dict[str, Any]], folder: Path) -> Section:
                 title="Examples per second",
                 columns=(
                     *("model (batch)", "system", "mode", "precision", "private"),
-                    *("ms", "examples/s", "peak MiB"),
+                    *("ms", "examples/s", "peak MiB", "of which before the model"),
                 ),
                 rows=[cells(row) for row in rows],
                 words=5,
             ),
             Table(
                 title="Images",
-                columns=("model", "precision", "KiB", "build s", "launch to first evidence, ms"),
+                columns=("model", "precision", "KiB", "build s", "launch to report data, ms"),
                 rows=[
                     (
                         row["model"],
@@ -254,6 +263,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['median_ms']:.2f}",
         f"{row['examples_per_second']:,.0f}",
         f"{row['peak_mib']:,.0f}",
+        f"{row['before_mib']:,.0f}",
     )
 
 
@@ -269,7 +279,9 @@ def page(sections: list[Section], asked: argparse.Namespace, before: str) -> str
         f"Written by `python -m benchmarks --page` from one run (`{options}`).",
         f"{report.cpu()}, {report.THREADS} threads on every side; {numbers}; load average "
         f"{before} at the start, {report.load()} at the end. Medians of rounds in turn; machines "
-        "like this one are noisy, so believe ratios of one run only.",
+        "like this one are noisy, so believe ratios of one run only. A probe ran before and after "
+        f"each measurement: {machine.disturbed} of {machine.measured} were made while the machine "
+        "was slower than at its best, after others that were thrown away for it.",
         *(section.markdown(ROOT / "docs") for section in sections),
     ]
     return "\n\n".join(parts) + "\n"

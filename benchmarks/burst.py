@@ -4,6 +4,9 @@ Speed of a shared machine changes from one minute to the next, more than the row
 rows of a model are made first; then, round after round, each works for a second while the others
 are stopped (their threads would wait for work by spinning), and only rows of the same rounds are
 compared. A row's process calls `serve`; `Row` starts one and asks it.
+
+For seconds or minutes a core of a shared machine may run at half its speed, because somebody else
+has the other half: `undisturbed` measures again where that was so.
 """
 
 from __future__ import annotations
@@ -11,12 +14,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.report import ROOT, THREADS
 
@@ -35,6 +39,16 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": str(64 << 20),
     "MALLOC_ARENA_MAX": "1",
 }
+
+
+SLOW = 1.1
+"""Of the least time that the same multiply-adds have taken: above, the machine is disturbed."""
+PROBED = 0.03
+"""Seconds."""
+PATIENCE = (30, 900.0)
+"""Of a measurement's seconds, and seconds of a run: so long a disturbed one is made again."""
+
+Result = TypeVar("Result")
 
 
 class RowFailed(Exception):
@@ -101,6 +115,44 @@ class Row:
         with self._process, self._errors:
             pass
 
+
+class Machine:
+    """Its speed, and how many of the measurements were made at less."""
+
+    def __init__(self) -> None:
+        self.measured = self.disturbed = 0
+        self._least = float("inf")
+        self._patience = PATIENCE[1]
+        self._probe: Row | None = None
+
+    def undisturbed(self, measure: Callable[[], Result], seconds: float) -> Result:
+        """What `measure` gives in about so many seconds, again and again until the machine was at
+        its full speed before and after, or patience is at an end. No probe where seconds is 0.
+        """
+        if seconds == 0:
+            return measure()
+        start, quiet = time.monotonic(), self._is_quiet()
+        while True:
+            result = measure()
+            quiet = self._is_quiet() and quiet
+            waited = time.monotonic() - start
+            if quiet or waited > min(PATIENCE[0] * seconds, self._patience):
+                break
+            time.sleep(min(1.0, seconds))
+            quiet = self._is_quiet()
+        self._patience -= waited if waited > 2 * seconds else 0
+        self.measured += 1
+        self.disturbed += not quiet
+        return result
+
+    def _is_quiet(self) -> bool:
+        self._probe = self._probe or Row("probe")
+        took = statistics.median(self._probe.burst(PROBED)["step"])
+        self._least = min(self._least, took)
+        return took <= SLOW * self._least
+
+
+machine = Machine()
 
 MARK = "row: "
 

@@ -26,6 +26,7 @@ import tvm
 from tvm.script.ir_builder import tirx as T
 
 from benchmarks import pictures, report
+from benchmarks.burst import machine
 from benchmarks.models import Case, cases_named
 from benchmarks.report import THREADS, Section, Table
 from myelin import nn
@@ -113,10 +114,15 @@ def timed(
     x = generator.normal(size=(case.batch, *case.shape)).astype(np.float32)
     y = generator.integers(0, case.classes, case.batch).astype(np.int32)
     outside.gradient(x, y, np.ones(case.batch, np.float32), model.parameters, 1.0)
-    rounds = []
-    until = time.perf_counter() + seconds
-    while len(rounds) < 5 or time.perf_counter() < until:
-        rounds.append(outside.time_step())
+
+    def several() -> list[list[float]]:
+        until = time.perf_counter() + seconds
+        found = [outside.time_step() for _ in range(5)]
+        while time.perf_counter() < until:
+            found.append(outside.time_step())
+        return found
+
+    rounds = machine.undisturbed(several, seconds)
     return [
         Timed(
             layer=decision.layer,

@@ -60,9 +60,9 @@ def section(records: int = RECORDS, launches: int = LAUNCHES) -> Section:
         title="Loading records",
         text=(
             f"A sealed file of {size:.0f} MB on its way into enclave memory, runtime of {level}. "
-            "Whole path: the host reads it and sends requests of 15 chunks, each while the enclave "
-            "works on the one before; the cell receives them; the enclave copies them in, hashes, "
-            "checks and decrypts them into memory that nobody has touched before. The enclave "
+            "Whole path: the host has it in memory and sends requests of 15 chunks, each while the "
+            "enclave works on the one before; the cell receives them; the enclave copies them in, "
+            "hashes, checks and decrypts them into memory that nobody has touched. The enclave "
             "works on one core, the host on the other."
         ),
         tables=[

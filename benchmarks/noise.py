@@ -40,7 +40,8 @@ def section() -> Section:
         text=(
             "Rounded Gaussian samples, each from fresh bits of AES-256 in counter mode, added to a "
             "sum of clipped gradients and scaled to the mean. x86-64-v4 has eight lanes of the "
-            "sampler and VAES, x86-64-v3 four lanes and AES."
+            "sampler and VAES, x86-64-v3 four lanes and AES. Two cores are two processes at once, "
+            "outside any enclave."
         ),
         tables=[
             Table(

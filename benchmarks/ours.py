@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import numpy as np
 
 from benchmarks.burst import KEPT, serve, timed
 from benchmarks.models import Case, case_named
+from benchmarks.report import peak_mib
 from benchmarks.step import Run, build
 from myelin import nn
 from myelin.cpu import Cpu, Precision
@@ -63,6 +63,7 @@ def _data(case: Case) -> tuple[Any, Any]:
 def _serve_outside(case: Case, precision: Precision, identity: dict[str, Any]) -> None:
     cpu = Cpu.native()
     model = load(case.layers(nn), np.zeros((1, *case.shape), np.float32))
+    before = peak_mib(os.getpid())
     program = compile_training(
         model,
         loss="cross-entropy",
@@ -79,8 +80,7 @@ def _serve_outside(case: Case, precision: Precision, identity: dict[str, Any]) -
         outside.step()
 
     def facts() -> dict[str, Any]:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        return identity | {"peak_mib": peak}
+        return identity | {"peak_mib": peak_mib(os.getpid()), "before_mib": before}
 
     serve(lambda seconds: {"step": timed(outside.step, seconds)}, facts)
 
@@ -111,6 +111,7 @@ def _serve_cell(case: Case, precision: Precision, identity: dict[str, Any]) -> N
         def facts() -> dict[str, Any]:
             return identity | {
                 "peak_mib": peak_mib(whole.cell.pid),
+                "before_mib": 0.0,
                 "build_seconds": build_seconds,
                 "image_bytes": len(built.image.content),
                 "launch_ms": statistics.median(launches),
@@ -118,14 +119,6 @@ def _serve_cell(case: Case, precision: Precision, identity: dict[str, Any]) -> N
 
         with whole.cell, rest.cell:
             serve(burst, facts)
-
-
-def peak_mib(pid: int) -> float:
-    """The most memory that a process has had."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
 
 
 if __name__ == "__main__":

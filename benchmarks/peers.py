@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import resource
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.burst import KEPT, serve, timed
 from benchmarks.models import Case, case_named
-from benchmarks.report import THREADS
+from benchmarks.report import THREADS, peak_mib
 
 
 def main() -> None:
@@ -23,9 +23,13 @@ def main() -> None:
     case, mode, precision = case_named(sys.argv[1]), sys.argv[2], sys.argv[3]
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
+    torch.set_flush_denormal(True)  # as in the cell
     warnings.simplefilter("ignore")
     way = mode.removesuffix(KEPT)
     private = way in ("hooks", "ghost")
+    if private:
+        import opacus  # noqa: F401 so that it counts before the model
+    before = peak_mib(os.getpid())
     step = _step(case, way, precision)
     for _ in range(5):
         step()
@@ -38,7 +42,8 @@ def main() -> None:
             "mode": mode,
             "precision": precision,
             "private": private,
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_mib": peak_mib(os.getpid()),
+            "before_mib": before,
         }
 
     serve(lambda seconds: {"step": timed(step, seconds)}, facts)

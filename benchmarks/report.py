@@ -108,6 +108,17 @@ def load() -> str:
     return f"{os.getloadavg()[0]:.1f}"
 
 
+def peak_mib(pid: int) -> float:
+    """The most memory that a process has had since it began its program.
+
+    Not `ru_maxrss`, which begins with what the process that started it had.
+    """
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/{pid}/status names no VmHWM")
+
+
 def versions() -> dict[str, str]:
     """What the numbers depend on."""
     return {name: version(name) for name in VERSIONS}

@@ -19,9 +19,9 @@ from typing import Any
 os.environ.setdefault("TVM_NUM_THREADS", "2")
 
 from benchmarks import pictures, report
+from benchmarks.burst import machine
 from benchmarks.models import WIDENED, Case, case_named
-from benchmarks.ours import peak_mib
-from benchmarks.report import BUILD, Section, Table
+from benchmarks.report import BUILD, Section, Table, peak_mib
 from benchmarks.step import Run, build
 
 MODEL = "mnist_cnn"
@@ -89,7 +89,7 @@ def measure(case: Case, x: float, seconds: float) -> Point:
     with tempfile.TemporaryDirectory() as name:
         built = build(case, case.batch, Path(name))
         run = Run(built, case, case.batch, "process").load()
-        median = statistics.median(run.times(seconds))
+        median = statistics.median(machine.undisturbed(partial(run.times, seconds), seconds))
         point = Point(
             x=x,
             weights=built.weights.size,

@@ -16,10 +16,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 from benchmarks import report
+from benchmarks.burst import machine
 from benchmarks.models import SMALL, Case, cases_named
 from benchmarks.report import ROOT, Section, Table
 from benchmarks.step import Run, build
@@ -70,7 +72,7 @@ def limits(seconds: float) -> Section:
                 for case in SMALL:
                     report.say(f"{case.name} beside {beside}")
                     of = {limit: runs[case.name, limit] for limit in LIMITS}
-                    found = (f"{ms:.2f}" for ms in medians(of, seconds))
+                    found = (f"{ms:.2f}" for ms in medians(of, seconds, quiet=beside == 0))
                     rows.append((case.name, str(beside), *found))
     report.say("")
     return Section(
@@ -96,12 +98,13 @@ def limits(seconds: float) -> Section:
     )
 
 
-def medians(runs: dict[int, Run], seconds: float) -> list[float]:
-    """Milliseconds of a step of each run, rounds in turn."""
+def medians(runs: dict[int, Run], seconds: float, *, quiet: bool = True) -> list[float]:
+    """Milliseconds of a step of each run, rounds in turn; `quiet` where nothing is beside it."""
     times: dict[int, list[float]] = {key: [] for key in runs}
     for _ in range(ROUNDS):
         for key, run in runs.items():
-            times[key].append(statistics.median(run.times(seconds / ROUNDS)))
+            found = machine.undisturbed(partial(run.times, seconds / ROUNDS), quiet * seconds)
+            times[key].append(statistics.median(found))
     return [1e3 * statistics.median(same) for same in times.values()]
 
 

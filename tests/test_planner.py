@@ -62,6 +62,7 @@ def test_gradients_of_one_tile_are_found_directly():
         "backward_data": "winograd",
         "stored_gradient": "direct",
         "weighted_gradient": "direct",
+        "batch_gradient": "winograd",
     }
 
 
@@ -69,9 +70,9 @@ def test_bf16_operands_are_taken_where_they_can_be_and_are_faster():
     strided = Conv(n=64, h=32, w=32, ci=64, co=64, stride=(2, 2), **SQUARE)
     odd = Conv(n=64, h=33, w=33, ci=3, co=65, kh=5, kw=5)
     for conv, expected in (
-        (LARGE, ["winograd bf16"] * 3 + ["winograd"]),
-        (strided, ["direct bf16"] * 3 + ["direct"]),
-        (odd, ["direct", "direct", "direct bf16", "direct"]),
+        (LARGE, ["winograd bf16"] * 3 + ["winograd", "winograd bf16"]),
+        (strided, ["direct bf16"] * 3 + ["direct", "direct"]),
+        (odd, ["direct", "direct", "direct bf16", "direct", "direct"]),
     ):
         assert [planner.algorithm(CPU, conv, p, "bf16") for p in PRODUCTS] == expected
 

@@ -22,10 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tvm import relax
+from tvm.relax import op
 
 from myelin import planner
 from myelin.cpu import Cpu, Precision
-from myelin.graph import Layer, Objective, kernel, layers, rebuild, returned
+from myelin.graph import Layer, Objective, kernel, layers, operator, rebuild, returned
 from myelin.kernels import clipping as clip_kernels
 from myelin.kernels import conv as conv_kernels
 from myelin.kernels import linear, mixed, split
@@ -63,6 +64,10 @@ def clip_and_sum(module: Any, objective: Objective) -> Any:
 
     def rule(builder: Any, var: Any, value: Any) -> Any:
         env[var] = builder.emit(value, var.name)
+        if objective.clipping == "none" and _is_adjoint_of_loss(value, objective):
+            # What follows is linear in it: a masked example adds nothing anywhere.
+            rows = builder.emit(op.reshape(mask, (batch, 1)))
+            env[var] = builder.emit(op.multiply(env[var], rows))
         # As soon as an adjoint is there: what gradients were made of is free early.
         for layer, adjoint in zip(found, adjoints, strict=True):
             if adjoint.same_as(var):
@@ -80,6 +85,11 @@ def clip_and_sum(module: Any, objective: Objective) -> Any:
     return relax.transform.DeadCodeElimination()(
         rebuild(function, [*function.params, mask, hyper], rule, finish)
     )
+
+
+def _is_adjoint_of_loss(value: Any, objective: Objective) -> bool:
+    packed = operator(value) == "relax.call_dps_packed"
+    return packed and str(value.args[0].global_symbol) == f"myelin.{objective.loss}-adjoint"
 
 
 def methods(module: Any, objective: Objective) -> list[tuple[str, Method]]:
@@ -228,7 +238,8 @@ def _gather(
             later[layer.bias] = lambda c: kernel("bias-gradient", [d, c], [(n,)])
         return
     conv = convolution(layer)
-    product: Product = "stored_gradient" if how == "stored" else "weighted_gradient"
+    products: Mapping[Method, Product] = {"stored": "stored_gradient", "none": "batch_gradient"}
+    product = products.get(how, "weighted_gradient")
     algorithm = planner.algorithm(cpu, conv, product, objective.precision)
     gradient = Gradient(conv=conv, algorithm=algorithm)
     numbers = attributes(gradient)
@@ -238,6 +249,11 @@ def _gather(
         g, s = (builder.emit(relax.TupleGetItem(pair, i)) for i in range(2))
         norms.terms.append((s, conv_kernels.stored_norm_inflation(conv)))
         later[layer.weight] = lambda c: kernel("weighted-sum", [g, c], [(conv.weights,)])
+        return
+    if how == "none":
+        later[layer.weight] = lambda _: kernel(
+            "conv-batch-gradient", [x, d], [(conv.weights,)], numbers
+        )
         return
     if how == "gram":
         pair = builder.emit(kernel("conv-gram", [x, d], [(batch,)] * 2, numbers))

@@ -17,6 +17,7 @@ from myelin.cpu import Cpu, Precision
 from myelin.kernels.gram import gram_cost
 from myelin.kernels.linear import tile_shape
 from myelin.kernels.pool import Pool
+from myelin.kernels.tiles import run_length
 from myelin.kernels.window import Conv
 from myelin.kernels.winograd import largest_divisor
 
@@ -135,12 +136,17 @@ def backward_data(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
 
 def stored_gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     """All examples' gradients of a convolution, written for later."""
-    return _gradient(cpu, conv, algorithm, _STORED)
+    return _gradient(cpu, conv, algorithm, _STORED, conv.n)
 
 
 def weighted_gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     """The weighted sum of all examples' gradients of a convolution."""
-    return _gradient(cpu, conv, algorithm, _WEIGHTED)
+    return _gradient(cpu, conv, algorithm, _WEIGHTED, conv.n)
+
+
+def batch_gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
+    """The sum of all examples' gradients of a convolution, of which none is found alone."""
+    return _gradient(cpu, conv, algorithm, _WEIGHTED, -(-conv.n // run_length(conv.n)))
 
 
 def gram(cpu: Cpu, conv: Conv) -> Work:
@@ -163,7 +169,8 @@ def _transformed(
     )
 
 
-def _gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm, taps: int) -> Work:
+def _gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm, taps: int, found: int) -> Work:
+    """`taps` instructions make a vector's nine from its points, for each of `found` gradients."""
     inputs, outputs = _vectors(cpu, conv.ci), _vectors(cpu, conv.co)
     if algorithm in WINOGRAD:
         each = _tiles(conv.oh, conv.ow)
@@ -172,11 +179,11 @@ def _gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm, taps: int) -> Work:
             conv,
             algorithm,
             36 * tiles * conv.ci * outputs * _idle(min(8, conv.ci) * min(2, outputs)),
-            tiles * (_INPUT * inputs + _ADJOINT * outputs) + taps * conv.n * conv.ci * outputs,
+            tiles * (_INPUT * inputs + _ADJOINT * outputs) + taps * found * conv.ci * outputs,
             scratch=4 * 36 * each * (conv.ci + conv.co) * max(8, math.isqrt(conv.n)),
         )
     products = conv.n * conv.pixels * conv.taps * outputs
-    return _direct(conv, algorithm, products, 4 * conv.n * conv.taps * outputs)
+    return _direct(conv, algorithm, products, 4 * found * conv.taps * outputs)
 
 
 def _multiplied(

@@ -372,6 +372,23 @@ def _conv_gradient(low: Lowering, var: Any, call: Any) -> None:
     low.values[var] = out
 
 
+def _conv_batch_gradient(low: Lowering, var: Any, call: Any) -> None:
+    gradient = clipping.from_attributes(_attributes(call))
+    conv = gradient.conv
+    x, d = (low.value(v) for v in _operands(call))
+    out = low.new(var, (conv.weights,))
+    build = lambda: gradient.templates.batch_gradient(low.cpu, conv)  # noqa: E731
+    low.emit(
+        "conv_batch_gradient",
+        ("conv_batch_gradient", gradient),
+        build,
+        [Activations(x, conv), d],
+        [out],
+        work=cost.batch_gradient(low.cpu, conv, gradient.algorithm),
+    )
+    low.values[var] = out
+
+
 def _bias_stored(low: Lowering, var: Any, call: Any) -> None:
     n, pixels, size = _attributes(call)
     (d,) = (low.value(v) for v in _operands(call))
@@ -432,6 +449,7 @@ TEMPLATES: Templates = {
     "myelin.conv-stored": _conv_stored,
     "myelin.conv-gram": _conv_gram,
     "myelin.conv-gradient": _conv_gradient,
+    "myelin.conv-batch-gradient": _conv_batch_gradient,
     "myelin.bias-stored": _bias_stored,
     "myelin.scale-stored": _scale_stored,
     "myelin.weighted-sum": _weighted_sum,

@@ -150,6 +150,12 @@ def check_weighted_gradient(conv, cpu, call):
     assert_close(g, c.astype("d") @ gradients(conv, xp, d))
 
 
+def check_batch_gradient(conv, cpu, call):
+    xp, _, _, d = arrays(conv)
+    (g,) = results(call, kernels.batch_gradient(cpu, conv), xp, d)
+    assert_close(g, gradients(conv, xp, d).sum(0))
+
+
 @every_shape
 def test_pad_puts_a_border_of_zeros_around(conv, cpu, call):
     x = np.random.default_rng(1).standard_normal((conv.n, conv.h, conv.w, conv.ci)).astype("f")
@@ -181,6 +187,11 @@ def test_weighted_gradient(conv, cpu, call):
     check_weighted_gradient(conv, cpu, call)
 
 
+@every_shape
+def test_batch_gradient(conv, cpu, call):
+    check_batch_gradient(conv, cpu, call)
+
+
 @st.composite
 def convs(draw):
     size = st.integers(1, 9)
@@ -205,6 +216,7 @@ CHECKS = [
     check_stored_gradient,
     check_gram_norm,
     check_weighted_gradient,
+    check_batch_gradient,
 ]
 
 
@@ -342,6 +354,7 @@ def test_bits_do_not_depend_on_threads(cpu, call):
             *results(call, kernels.stored_gradient(cpu, conv), xp, d, count=2),
             *call(gram, xp, d, outputs=3)[1:],
             *results(call, kernels.weighted_gradient(cpu, conv), xp, d, c),
+            *results(call, kernels.batch_gradient(cpu, conv), xp, d),
         ]
 
     assert_same_bits_on_one_thread(everything)
@@ -379,6 +392,7 @@ def test_the_object_needs_nothing_that_the_runtime_lacks(cpu):
         "stored_bias": kernels.stored_bias(cpu, conv.n, conv.pixels, conv.co),
         "gram_norm": kernels.gram_norm(cpu, conv, kernels.gradient_error(conv)),
         "weighted_gradient": kernels.weighted_gradient(cpu, conv),
+        "batch_gradient": kernels.batch_gradient(cpu, conv),
     }
     assert_runtime_suffices(templates, cpu)
     assert workspace_bytes(templates, cpu) == 0

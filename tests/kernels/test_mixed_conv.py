@@ -208,8 +208,11 @@ def test_winograd_products_are_those_of_rounded_operands(conv, cpu, call):
     assert_rounded(direct.results(call, forward, xp, w, b)[0] - b, expected_y, true_y)
     assert_like(direct.results(call, backward, d, w)[0], true_dx)
     g, s = direct.results(call, stored, xp, d, count=2)
-    assert_rounded(g, expected_g, direct.gradients(conv, xp, d))
+    true_g = direct.gradients(conv, xp, d)
+    assert_rounded(g, expected_g, true_g)
     assert_stored_norms(conv, g, s)
+    (total,) = direct.results(call, kernels.Winograd.batch_gradient(cpu, conv), xp, d)
+    assert_rounded(total, expected_g.sum(0), true_g.sum(0))
 
 
 @algorithms

@@ -31,6 +31,7 @@ def outputs(conv, cpu, call):
         *direct.results(call, winograd.backward_data(cpu, conv), d, w),
         *direct.results(call, winograd.stored_gradient(cpu, conv), xp, d, count=2),
         *direct.results(call, winograd.weighted_gradient(cpu, conv), xp, d, factors(conv)),
+        *direct.results(call, winograd.batch_gradient(cpu, conv), xp, d),
     ]
 
 
@@ -46,13 +47,14 @@ def assert_accurate(value, expected):
 def check(conv, cpu, call):
     """All kernels against torch in float64, and the norm against what is stored."""
     xp, w, b, d = direct.arrays(conv)
-    y, dx, g, s, total = outputs(conv, cpu, call)
+    y, dx, g, s, total, whole = outputs(conv, cpu, call)
     expected_y, expected_dx = direct.output_and_input_gradient(conv, xp, w, d)
     assert_accurate(y, expected_y + b)
     assert_accurate(dx, expected_dx)
     expected_g = direct.gradients(conv, xp, d)
     assert_accurate(g, expected_g)
     assert_accurate(total, factors(conv).astype("d") @ expected_g)
+    assert_accurate(whole, expected_g.sum(0))
     assert_stored_norms(conv, g, s)
 
 
@@ -179,6 +181,7 @@ def test_the_object_needs_nothing_that_the_runtime_lacks(cpu):
         "backward_data": winograd.backward_data(cpu, conv),
         "stored_gradient": winograd.stored_gradient(cpu, conv),
         "weighted_gradient": winograd.weighted_gradient(cpu, conv),
+        "batch_gradient": winograd.batch_gradient(cpu, conv),
     }
     assert_runtime_suffices(templates, cpu)
     assert workspace_bytes(templates, cpu) == 0

@@ -293,7 +293,7 @@ impl Privacy {
         Ok(())
     }
 
-    /// All at least one, the rate at most 2³², steps and batch in 32 bits.
+    /// All at least one but the rate, which is at most 2³² (one); steps and batch in 32 bits.
     fn is_sensible(&self) -> bool {
         self.max_grad_norm > 0
             && self.noise_multiplier > 0

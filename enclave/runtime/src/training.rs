@@ -67,6 +67,8 @@ impl Engine {
         let sampled = self.sample(shards, limits, generator)?;
         self.set_hyper(limits.threshold, number);
         if number == 1 {
+            // What lies between the parameters is released with them.
+            self.memory.bytes_mut(self.plan.buffers.gradient).fill(0);
             self.memory.bytes_mut(self.plan.buffers.state).fill(0);
         }
         let mut firsts = (0..sampled.max(1)).step_by(self.plan.batch).peekable();
@@ -83,8 +85,7 @@ impl Engine {
         self.run(machine, self.plan.update)
     }
 
-    /// Number of right predictions on the real records of `shards`. Padding is predicted too, so
-    /// time does not tell how many are real.
+    /// Number of right predictions on the real records of `shards`, which the receipt tells with it.
     pub fn score(
         &mut self,
         machine: &mut impl Machine,

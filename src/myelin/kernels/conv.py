@@ -14,6 +14,7 @@ How a plan uses these templates (all arguments float32, outputs last):
     stored_bias(cpu, n, pixels, co)  d[n,pixels,co] → g[n,co], s[n]
     gram_norm(cpu, conv, error)      xp, d, scratch → s[n], t[n]
     weighted_gradient(cpu, conv)     xp, d, c[n], scratch → g[kh,kw,ci,co]
+    batch_gradient(cpu, conv)        xp, d, scratch → g[kh,kw,ci,co], never of private training
 
 `myelin.kernels.winograd` and `myelin.kernels.mixed_conv` have the same templates by other
 algorithms; `myelin.planner` chooses.
@@ -61,6 +62,7 @@ from myelin.kernels.window import Conv, Product
 __all__ = [
     "Conv",
     "backward_data",
+    "batch_gradient",
     "can",
     "forward",
     "gradient_error",
@@ -278,6 +280,28 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
                     for at, lanes in _weight_vectors(conv, *own):
                         run_sum = load(scratch, at, lanes=lanes)
                         store(g, load(g, at, lanes=lanes) + run_sum, at)
+    return kernel.function
+
+
+def batch_gradient(cpu: Cpu, conv: Conv) -> Any:
+    """xp[n,hp,wp,ci], d[n,oh,ow,co] → g[kh,kw,ci,co] = Σ_i g_i, for training without privacy.
+
+    Examples and pixels are one sum, so nothing bounds what an example adds to its rounding.
+    """
+    with Kernel(xp=_padded(conv), d=_output(conv), g=(conv.weights,)) as kernel:
+        xp, d, g = kernel.buffers
+        for kh, co, widths, kws, cis in _gradient_tasks(cpu, conv):
+            for at, lanes in _weight_vectors(conv, kh, co, widths, kws, cis):
+                store(g, splat(0.0, lanes), at)
+            for runs in segments(conv.n, run_length(conv.n)):
+                with serial(runs.count) as run:
+                    for kw, ci, taps in tap_tiles(kws, cis):
+                        own = (kh, kw, ci, co)
+                        tile = _correlate(conv, xp, d, runs.at(run), own, taps, widths, runs.size)
+                        for row, vector, offset, lanes in tile.cells():
+                            v, c = taps[row]
+                            at = flat(conv, kh, kw + v, ci + c, co + offset)
+                            store(g, load(g, at, lanes=lanes) + tile.get(row, vector), at)
     return kernel.function
 
 
@@ -507,14 +531,18 @@ def _correlate(
     at: tuple[Any, Any, Any, Any],
     taps: Sequence[tuple[int, int]],
     widths: Sequence[int],
+    examples: int = 1,
 ) -> Tile:
-    """Example i's gradient at (kh, kw, ci, co): one row a tap, summed over all pixels."""
+    """The gradient of `examples` from i on at (kh, kw, ci, co): one row a tap, summed over all
+    pixels.
+    """
     kh, kw, ci, co = at
     tile = Tile(len(taps), widths)
-    for h, v in steps(conv.oh, conv.ow):
+    for *others, h, v in steps(*[examples] * (examples > 1), conv.oh, conv.ow):
+        example = i + others[0] if others else i
         row, column = h * conv.stride[0] + kh, v * conv.stride[1] + kw
         tile.add_outer(
-            [load(xp, i, row, column + dv, ci + dc) for dv, dc in taps],
-            [load(d, i, h, v, co + offset, lanes=lanes) for offset, lanes in tile.vectors()],
+            [load(xp, example, row, column + dv, ci + dc) for dv, dc in taps],
+            [load(d, example, h, v, co + offset, lanes=n) for offset, n in tile.vectors()],
         )
     return tile

@@ -6,7 +6,7 @@ Every template takes and gives what its namesake in `conv` does.
 
 `stored_gradient` takes norms of the very numbers that it stores, so that its bounds are the same.
 The templates that are missing here, `gram_norm` and `weighted_gradient`, stay in float32: a bound
-for the rounding of operands would make a Gram norm useless.
+for the rounding of operands would make a Gram norm useless. `batch_gradient` is there by Winograd.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Winograd:
     forward = staticmethod(partial(winograd.forward, operands=BF16))
     backward_data = staticmethod(partial(winograd.backward_data, operands=BF16))
     stored_gradient = staticmethod(partial(winograd.stored_gradient, operands=BF16))
+    batch_gradient = staticmethod(partial(winograd.batch_gradient, operands=BF16))
 
     @staticmethod
     def can(conv: Conv, kind: Product) -> bool:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Product = Literal["forward", "backward_data", "stored_gradient", "weighted_gradient"]
+Product = Literal[
+    "forward", "backward_data", "stored_gradient", "weighted_gradient", "batch_gradient"
+]
 """What is computed of a convolution: the names of its templates."""
 
 

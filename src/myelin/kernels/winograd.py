@@ -196,9 +196,7 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
     }
     with Kernel(**gradient.images, **own) as kernel:
         x, d, c, *scratch, sums, g = kernel.buffers
-        for at, size in blocks(conv.weights, 64 * cpu.lanes, T.parallel):
-            for offset, lanes in vectors(size, cpu.lanes):
-                store(g, splat(0.0, lanes), at + offset)
+        _clear(cpu, conv, g)
         for runs in segments(conv.n, run):
             with serial(runs.count) as number:
                 with T.parallel(runs.size) as slot:
@@ -222,6 +220,37 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
                         at = _weight(conv, tap, part, row, offset)
                         store(g, load(g, at, lanes=lanes) + total, at)
     return kernel.function
+
+
+def batch_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> Any:
+    """x[n,h,w,ci], d[n,oh,ow,co], scratch… → g[3·3·ci·co] = Σ_i g_i, for training without privacy.
+
+    Runs of examples are summed in the domain of points, so nothing bounds what an example adds to
+    their rounding.
+    """
+    run = run_length(conv.n)
+    gradient = _Gradient(cpu=cpu, operands=operands, conv=conv, slots=run, chunks=_CHUNKS)
+    own = {**gradient.scratch, "g": (conv.weights,)}
+    with Kernel(**gradient.images, **own) as kernel, operands.scope():
+        x, d, *scratch, g = kernel.buffers
+        _clear(cpu, conv, g)
+        for runs in segments(conv.n, run):
+            with serial(runs.count) as number:
+                with T.parallel(runs.size) as slot:
+                    gradient.transform(x, d, scratch, slot, runs.at(number) + slot)
+                for chunk, part in gradient.shares():
+                    found = gradient.taps(scratch, 0, chunk, part, runs.size)
+                    for row, _, offset, lanes, taps in found:
+                        for tap, value in enumerate(taps):
+                            at = _weight(conv, tap, part, row, offset)
+                            store(g, load(g, at, lanes=lanes) + value, at)
+    return kernel.function
+
+
+def _clear(cpu: Cpu, conv: Conv, g: Any) -> None:
+    for at, size in blocks(conv.weights, 64 * cpu.lanes, T.parallel):
+        for offset, lanes in vectors(size, cpu.lanes):
+            store(g, splat(0.0, lanes), at + offset)
 
 
 def _weight(conv: Conv, tap: int, part: _Part, row: Any, offset: int) -> Any:
@@ -710,21 +739,24 @@ class _Gradient:
                     yield chunk, self._part(group, rows, block, part, channel, widths)
 
     def taps(
-        self, scratch: Sequence[Any], slot: Any, chunk: Any, part: _Part
+        self, scratch: Sequence[Any], slot: Any, chunk: Any, part: _Part, slots: int = 1
     ) -> Iterator[tuple[Any, int, int, int, Values]]:
-        """(row, vector, its offset, its lanes, 9 taps) of a part of a slot's finished gradient."""
+        """(row, vector, its offset, its lanes, 9 taps) of a part of a slot's finished gradient, or
+        of the sum of several slots'.
+        """
         inputs, adjoints, products = scratch
         wide = part.wide
         for (p,) in grid(_POINTS):
             tile = Tile(part.rows, part.widths)
-            for (t,) in steps(self._depth):
+            for *others, t in steps(*[slots] * (slots > 1), self._depth):
+                own = slot + others[0] if others else slot
                 row = part.first * self._depth + t * part.size + part.at
                 column = part.channel * self._depth + t * wide
                 self.operands.add_outer(
                     tile,
-                    [load(inputs, slot, p * self._input_plane + row + r) for r in range(part.rows)],
+                    [load(inputs, own, p * self._input_plane + row + r) for r in range(part.rows)],
                     [
-                        load(adjoints, slot, p * self._adjoint_plane + column + o, lanes=lanes)
+                        load(adjoints, own, p * self._adjoint_plane + column + o, lanes=lanes)
                         for o, lanes in tile.vectors()
                     ],
                 )
