@@ -279,9 +279,10 @@ def page(sections: list[Section], asked: argparse.Namespace, before: str) -> str
         f"Written by `python -m benchmarks --page` from one run (`{options}`).",
         f"{report.cpu()}, {report.THREADS} threads on every side; {numbers}; load average "
         f"{before} at the start, {report.load()} at the end. Medians of rounds in turn; machines "
-        "like this one are noisy, so believe ratios of one run only. A probe ran before and after "
-        f"each measurement: {machine.disturbed} of {machine.measured} were made while the machine "
-        "was slower than at its best, after others that were thrown away for it.",
+        "like this one are noisy, so believe ratios of one run only. The two cores of a virtual "
+        "machine are moved about, and may for a while be one, or share no cache. So measurements "
+        "wait until a probe finds them side by side, and are made again where it does not "
+        f"afterwards; {machine.disturbed} of {machine.measured} were accepted without.",
         *(section.markdown(ROOT / "docs") for section in sections),
     ]
     return "\n\n".join(parts) + "\n"

@@ -5,8 +5,9 @@ rows of a model are made first; then, round after round, each works for a second
 are stopped (their threads would wait for work by spinning), and only rows of the same rounds are
 compared. A row's process calls `serve`; `Row` starts one and asks it.
 
-For seconds or minutes a core of a shared machine may run at half its speed, because somebody else
-has the other half: `undisturbed` measures again where that was so.
+The system below a virtual machine moves its cores about: for seconds or minutes both may share one
+core, or lie far apart, where what one wrote reaches the other at a sixth of the speed. `Machine`
+measures when they are side by side, and again where they were not.
 """
 
 from __future__ import annotations
@@ -41,12 +42,16 @@ ALLOCATOR = {
 }
 
 
-SLOW = 1.1
-"""Of the least time that the same multiply-adds have taken: above, the machine is disturbed."""
-PROBED = 0.03
-"""Seconds."""
-PATIENCE = (30, 900.0)
-"""Of a measurement's seconds, and seconds of a run: so long a disturbed one is made again."""
+SLOW = 1.15
+"""Times the least that the same multiply-adds have taken: above, cores are not our own."""
+APART = 7
+"""Times as long for a copy of what the other thread wrote as for one of its own: above, they share
+no cache. On one machine it was 4 with a cache in common and 10 without.
+"""
+PROBED = 0.015
+"""Seconds, of each of three things."""
+PATIENCE = (60, 1500.0)
+"""Of a measurement's seconds, and seconds of a run: so long is waited for a better machine."""
 
 Result = TypeVar("Result")
 
@@ -117,7 +122,7 @@ class Row:
 
 
 class Machine:
-    """Its speed, and how many of the measurements were made at less."""
+    """Where its cores are, and how many measurements were made in spite of that."""
 
     def __init__(self) -> None:
         self.measured = self.disturbed = 0
@@ -126,30 +131,41 @@ class Machine:
         self._probe: Row | None = None
 
     def undisturbed(self, measure: Callable[[], Result], seconds: float) -> Result:
-        """What `measure` gives in about so many seconds, again and again until the machine was at
-        its full speed before and after, or patience is at an end. No probe where seconds is 0.
+        """What `measure` gives in about so many seconds, when the machine was quiet before and
+        after, or patience is at an end. No probe where seconds is 0.
         """
         if seconds == 0:
             return measure()
-        start, quiet = time.monotonic(), self._is_quiet()
+        end = time.monotonic() + min(PATIENCE[0] * seconds, self._patience)
         while True:
+            start = time.monotonic()
+            quiet = self._becomes_quiet(end)
+            self._patience -= time.monotonic() - start
+            start = time.monotonic()
             result = measure()
             quiet = self._is_quiet() and quiet
-            waited = time.monotonic() - start
-            if quiet or waited > min(PATIENCE[0] * seconds, self._patience):
+            if quiet or time.monotonic() > end:
                 break
-            time.sleep(min(1.0, seconds))
-            quiet = self._is_quiet()
-        self._patience -= waited if waited > 2 * seconds else 0
+            self._patience -= time.monotonic() - start
         self.measured += 1
         self.disturbed += not quiet
         return result
 
+    def _becomes_quiet(self, end: float) -> bool:
+        while not self._is_quiet():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.3)
+        return True
+
     def _is_quiet(self) -> bool:
         self._probe = self._probe or Row("probe")
-        took = statistics.median(self._probe.burst(PROBED)["step"])
-        self._least = min(self._least, took)
-        return took <= SLOW * self._least
+        found = self._probe.burst(PROBED)
+        multiply, copy, exchange = (
+            statistics.median(found[name]) for name in ("multiply", "copy", "exchange")
+        )
+        self._least = min(self._least, multiply)
+        return multiply <= SLOW * self._least and exchange <= APART * copy
 
 
 machine = Machine()

@@ -116,30 +116,37 @@ def test_every_system_of_the_inference_benchmark_runs() -> None:
 
 
 class FakeProbe:
-    """Milliseconds one after the other."""
+    """What a probe finds, one time after the other: (multiply, exchange), a copy taking 1."""
 
-    def __init__(self, *ms: float) -> None:
-        self.left = list(ms)
+    def __init__(self, *found: tuple[float, float]) -> None:
+        self.left = list(found)
 
     def burst(self, _: float) -> dict[str, list[float]]:
-        return {"step": [self.left.pop(0)]}
+        multiply, exchange = self.left.pop(0)
+        return {"multiply": [multiply], "copy": [1.0], "exchange": [exchange]}
 
 
-def test_a_measurement_is_made_again_where_the_machine_was_slow(monkeypatch) -> None:
+QUIET, SHARED, APART = (1.0, 4.0), (2.0, 1.5), (1.0, 10.0)
+
+
+@pytest.mark.parametrize("bad", [SHARED, APART])
+def test_a_measurement_is_made_when_the_cores_are_side_by_side(bad, monkeypatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     machine, made = burst.Machine(), iter(range(9))
-    machine._probe = FakeProbe(1.0, 1.05, 1.0, 2.0, 1.0, 1.0)
+    machine._probe = FakeProbe(QUIET, QUIET, bad, bad, QUIET, bad, QUIET, QUIET)
     assert machine.undisturbed(lambda: next(made), 1.0) == 0
-    assert machine.undisturbed(lambda: next(made), 1.0) == 2  # 1 was slow at its end
+    # Waits, measures, finds itself disturbed, and measures again.
+    assert machine.undisturbed(lambda: next(made), 1.0) == 2
     assert (machine.measured, machine.disturbed, machine._probe.left) == (2, 0, [])
 
 
-def test_patience_with_a_slow_machine_ends(monkeypatch) -> None:
+def test_patience_with_a_disturbed_machine_ends(monkeypatch) -> None:
     monkeypatch.setattr(burst, "PATIENCE", (0.0, 0.0))
     machine = burst.Machine()
-    machine._probe = FakeProbe(1.0, 2.0)
+    machine._probe = FakeProbe(QUIET, APART, APART, QUIET)
     assert machine.undisturbed(lambda: "slow", 1.0) == "slow"
-    assert (machine.measured, machine.disturbed) == (1, 1)
+    assert machine.undisturbed(lambda: "slow", 1.0) == "slow"
+    assert (machine.measured, machine.disturbed) == (2, 2)
     assert machine.undisturbed(lambda: "unprobed", 0) == "unprobed"
 
 

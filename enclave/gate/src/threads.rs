@@ -28,9 +28,12 @@ const MOST_TASKS: usize = 0xffff;
 /// Pauses that a worker waits for a loop before it leaves (docs/image.md, "Threads").
 const PATIENCE: u32 = 20_000;
 
-/// The posted loop: generation << 32 | tasks << 16 | next task. A task is taken by a compare-and-swap of the whole
-/// word, and the rest below changes only when every task of the old word is done: a late worker cannot mix two loops.
+/// The posted loop: generation << 32 | end << 16 | first, of the tasks that nobody has taken. The main thread takes the
+/// first, the others the last, so that loops over the same rows leave each thread its own in its own cache. A task is
+/// taken by a compare-and-swap of the whole word, and the rest below changes only when every task of the old word is
+/// done: a late worker cannot mix two loops.
 static TICKET: AtomicU64 = AtomicU64::new(0);
+static TASKS: AtomicU32 = AtomicU32::new(0);
 static TASK: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
 static DATA: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
 static FINISHED: AtomicU32 = AtomicU32::new(0);
@@ -53,7 +56,7 @@ pub fn main(work: fn()) {
 pub fn serve() -> bool {
     let (mut idle, mut worked) = (0, false);
     while idle < PATIENCE && WORKING.load(Relaxed) {
-        if take() {
+        if take(false) {
             (idle, worked) = (0, true);
         } else {
             if dead() {
@@ -101,13 +104,14 @@ fn post(task: Task, data: *mut c_void, tasks: usize) -> bool {
     if tasks == 0 || tasks > MOST_TASKS || LOOPING.swap(true, Acquire) {
         return false;
     }
+    TASKS.store(tasks as u32, Relaxed);
     TASK.store(task as *mut c_void, Relaxed);
     DATA.store(data, Relaxed);
     FINISHED.store(0, Relaxed);
     FAILED.store(false, Relaxed);
     let generation = (TICKET.load(Relaxed) >> 32).wrapping_add(1);
     TICKET.store(generation << 32 | (tasks as u64) << 16, Release);
-    while take() {}
+    while take(true) {}
     while FINISHED.load(Acquire) != tasks as u32 {
         if dead() {
             die()
@@ -118,22 +122,23 @@ fn post(task: Task, data: *mut c_void, tasks: usize) -> bool {
     !FAILED.load(Relaxed)
 }
 
-/// Takes and runs one task of the posted loop. False if there is none left.
-fn take() -> bool {
+/// Takes and runs one task of the posted loop, the first or the last. False if there is none left.
+fn take(main: bool) -> bool {
     let ticket = TICKET.load(Acquire);
-    let (tasks, next) = (ticket >> 16 & 0xffff, ticket & 0xffff);
-    if next >= tasks {
+    let (end, first) = (ticket >> 16 & 0xffff, ticket & 0xffff);
+    if first >= end {
         return false;
     }
-    let (task, data) = (TASK.load(Relaxed), DATA.load(Relaxed));
-    if TICKET.compare_exchange(ticket, ticket + 1, AcqRel, Relaxed).is_err() {
+    let (number, left) = if main { (first, ticket + 1) } else { (end - 1, ticket - (1 << 16)) };
+    let (tasks, task, data) = (TASKS.load(Relaxed), TASK.load(Relaxed), DATA.load(Relaxed));
+    if TICKET.compare_exchange(ticket, left, AcqRel, Relaxed).is_err() {
         return true;
     }
     let mut environment = Environment { sync: ptr::null_mut(), tasks: tasks as i32 };
     // SAFETY: the ticket did not change between reading both and taking a task, so they are this loop's, posted as a
     // `Task` with its data; the loop waits for this task, so the data lives.
     let result = unsafe {
-        core::mem::transmute::<*mut c_void, Task>(task)(next as i32, &mut environment, data)
+        core::mem::transmute::<*mut c_void, Task>(task)(number as i32, &mut environment, data)
     };
     if result != 0 {
         FAILED.store(true, Relaxed);
