@@ -57,14 +57,15 @@ pub fn permit_tiles(guests: bool) -> Result<(), String> {
 }
 
 /// Which core each thread is pinned to. Two spinning threads on one core would lose most of their
-/// speed.
+/// speed, and what one wrote reaches another late that shares no cache with it.
 pub enum Placement {
     Pinned(Vec<usize>),
     Unpinned(String),
 }
 
 impl Placement {
-    /// Distinct cores of the allowed set, one hardware thread of every physical core first.
+    /// Distinct cores of the allowed set that share a cache, if so many do, one hardware thread of
+    /// every physical core first.
     pub fn choose(threads: usize) -> Result<Self, String> {
         let allowed = allowed()?;
         if allowed.len() < threads {
@@ -73,13 +74,12 @@ impl Placement {
                 allowed.len()
             )));
         }
-        let mut seen = HashSet::new();
-        let (first, second): (Vec<_>, Vec<_>) = allowed
-            .into_iter()
-            .partition(|&core| seen.insert(siblings(core)));
-        Ok(Self::Pinned(
-            first.into_iter().chain(second).take(threads).collect(),
-        ))
+        let cores = allowed.into_iter().map(|number| Core {
+            number,
+            physical: topology(number, "topology/thread_siblings_list"),
+            cache: topology(number, "cache/index3/shared_cpu_list"),
+        });
+        Ok(Self::Pinned(nearest(cores, threads)))
     }
 
     /// The core of thread `slot`.
@@ -114,10 +114,40 @@ fn allowed() -> Result<Vec<usize>, String> {
     }
 }
 
-/// Names the physical core that `core` is a hardware thread of.
-fn siblings(core: usize) -> String {
-    let path = format!("/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list");
-    fs::read_to_string(path).unwrap_or_else(|_| core.to_string())
+/// A hardware thread, the physical core that it belongs to, and the last cache that it shares.
+struct Core {
+    number: usize,
+    physical: Option<String>,
+    cache: Option<String>,
+}
+
+/// The first cache's cores that are enough, each physical core once; else all, those of the cache
+/// with most cores first and second hardware threads last.
+fn nearest(cores: impl Iterator<Item = Core>, threads: usize) -> Vec<usize> {
+    let mut seen = HashSet::new();
+    let mut caches: Vec<(Option<String>, Vec<usize>)> = Vec::new();
+    let mut second = Vec::new();
+    for core in cores {
+        if core.physical.is_some_and(|name| !seen.insert(name)) {
+            second.push(core.number);
+        } else if let Some((_, same)) = caches.iter_mut().find(|(name, _)| *name == core.cache) {
+            same.push(core.number);
+        } else {
+            caches.push((core.cache, vec![core.number]));
+        }
+    }
+    if let Some(enough) = caches.iter().position(|(_, same)| same.len() >= threads) {
+        caches.swap(0, enough);
+    } else {
+        caches.sort_by_key(|(_, same)| std::cmp::Reverse(same.len()));
+    }
+    let first = caches.into_iter().flat_map(|(_, same)| same);
+    first.chain(second).take(threads).collect()
+}
+
+/// What the system says of a hardware thread's place; none where it says nothing.
+fn topology(core: usize, name: &str) -> Option<String> {
+    fs::read_to_string(format!("/sys/devices/system/cpu/cpu{core}/{name}")).ok()
 }
 
 #[cfg(test)]
@@ -136,6 +166,36 @@ mod tests {
             refusal.contains("lacks nosuch, neither, which"),
             "{refusal}"
         );
+    }
+
+    fn cores(places: &[(&str, &str)]) -> Vec<Core> {
+        let place = |(number, (physical, cache)): (usize, &(&str, &str))| Core {
+            number,
+            physical: Some((*physical).to_owned()),
+            cache: Some((*cache).to_owned()),
+        };
+        places.iter().enumerate().map(place).collect()
+    }
+
+    #[test]
+    fn threads_go_to_cores_that_share_a_cache() {
+        let apart = [("a", "0"), ("b", "1"), ("c", "1"), ("a", "0"), ("d", "1")];
+        let found = |threads| nearest(cores(&apart).into_iter(), threads);
+        assert_eq!(found(1), [0]);
+        assert_eq!(found(2), [1, 2]);
+        assert_eq!(found(3), [1, 2, 4]);
+        assert_eq!(found(4), [1, 2, 4, 0]);
+        assert_eq!(found(5), [1, 2, 4, 0, 3]);
+    }
+
+    #[test]
+    fn where_nothing_is_known_cores_are_taken_in_order() {
+        let unknown = |number| Core {
+            number,
+            physical: None,
+            cache: None,
+        };
+        assert_eq!(nearest([3, 5, 8].map(unknown).into_iter(), 2), [3, 5]);
     }
 
     #[test]
