@@ -1,10 +1,11 @@
 """`make bench`: examples per second beside PyTorch and Opacus, in one run on one machine.
 
-`python -m benchmarks [--models NAME,…|all] [--rounds N] [--seconds S] [--page [--steps N]]`. Every
-row is a process of its own with two threads; all of a model work in turn (`benchmarks.burst`), and
-a row's time is the median of its rounds' medians. Writes build/bench.json. `--page` measures
-memory, kernels, the cost of privacy by layer, threads, noise, loading, scaling and accuracy as well
-and writes docs/benchmarks.md and its pictures.
+`python -m benchmarks [--models NAME,…|all] [--rounds N] [--seconds S] [--rest S] [--steps N]
+[--page [NAME,…]]`. Every row is a process of its own with two threads; all of a model work in turn
+(`benchmarks.burst`), and a row's time is the median of its rounds' medians. Writes
+build/bench.json. `--page` measures memory, kernels, the cost of privacy by layer, threads, noise,
+loading, scaling and accuracy as well and writes docs/benchmarks.md and its pictures; with names of
+sections only these, and leaves the others of the page as they are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -43,6 +45,7 @@ FORM = (
     *("median_ms", "examples_per_second", "peak_mib"),
 )
 NONE = float("nan")
+PAGE = ROOT / "docs" / "benchmarks.md"
 
 
 def main() -> None:
@@ -51,43 +54,58 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(case.name.split()[0] for case in SMALL))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=1.0)
-    parser.add_argument("--page", action="store_true", help="write docs/benchmarks.md")
+    parser.add_argument(
+        "--rest",
+        type=float,
+        default=0.0,
+        help="seconds of rest before each: cores that rested are often woken side by side",
+    )
+    parser.add_argument("--page", nargs="?", const="", help="write docs/benchmarks.md, or sections")
     parser.add_argument("--steps", type=int, default=accuracy.STEPS, help="of the loss curves")
     asked = parser.parse_args()
+    folder = BUILD if asked.page is None else PICTURES
+    sections = measures(asked, folder)
+    names = list(sections) if asked.page == "" else (asked.page or "speed").split(",")
+    if unknown := set(names) - set(sections):
+        raise SystemExit(f"no section {sorted(unknown)}: choose from {', '.join(sections)}")
+    if asked.page == "":
+        PAGE.unlink(missing_ok=True)
     with report.alone():
-        before = report.load()
-        cases = cases_named(asked.models)
-        rows = [row for case in cases for row in measure(case.name, asked.rounds, asked.seconds)]
-        BUILD.mkdir(exist_ok=True)
-        (BUILD / "bench.json").write_text(json.dumps(facts(rows), indent=1) + "\n")
-        folder = PICTURES if asked.page else BUILD
-        sections: list[Section] = []
-        for more in (
-            lambda: speed(rows, folder),
-            *(of_page(cases, asked, folder) if asked.page else ()),
-        ):
-            sections.append(more())
-            sections[-1].print()
-            if asked.page:  # After each section: what ends early loses none of them.
-                (ROOT / "docs" / "benchmarks.md").write_text(page(sections, asked, before))
-        print(f"load average {before} at the start, {report.load()} at the end")
+        for name in names:
+            before, counted = report.load(), (machine.measured, machine.disturbed)
+            section = sections[name]()
+            section.print()
+            print(f"load average {before} at the start, {report.load()} at the end")
+            if asked.page is not None:  # After each section: what ends early loses none of them.
+                origin = provenance(asked, before, counted)
+                PAGE.write_text(page(PAGE.read_text() if PAGE.exists() else "", section, origin))
 
 
-def of_page(
-    cases: list[Case], asked: argparse.Namespace, folder: Path
-) -> list[Callable[[], Section]]:
-    """What follows the speed on the page, in its order."""
-    return [
-        lambda: memory.section(cases),
-        lambda: kernels.roofline(cases, asked.seconds, worst=5),
-        lambda: kernels.cost_by_layer(cases, asked.seconds, folder),
-        lambda: threads.speedup(cases, asked.seconds),
-        lambda: threads.limits(asked.seconds),
-        noise.section,
-        load.section,
-        lambda: scaling.section(scaling.MODEL, asked.seconds, folder),
-        lambda: accuracy.section(accuracy.MODELS, asked.steps, folder),
+def measures(asked: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Section]]:
+    """What measures each section, in the order of the page."""
+    cases = cases_named(asked.models)
+    return {
+        "speed": lambda: speed(all_rows(cases, asked), folder),
+        "memory": lambda: memory.section(cases),
+        "kernels": lambda: kernels.roofline(cases, asked.seconds, worst=5),
+        "layers": lambda: kernels.cost_by_layer(cases, asked.seconds, folder),
+        "threads": lambda: threads.speedup(cases, asked.seconds),
+        "limits": lambda: threads.limits(asked.seconds),
+        "noise": noise.section,
+        "loading": load.section,
+        "scaling": lambda: scaling.section(scaling.MODEL, asked.seconds, folder),
+        "accuracy": lambda: accuracy.section(accuracy.MODELS, asked.steps, folder),
+    }
+
+
+def all_rows(cases: list[Case], asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """Those of each model; they go to build/bench.json."""
+    rows = [
+        row for case in cases for row in measure(case.name, asked.rounds, asked.seconds, asked.rest)
     ]
+    BUILD.mkdir(exist_ok=True)
+    (BUILD / "bench.json").write_text(json.dumps(facts(rows), indent=1) + "\n")
+    return rows
 
 
 def facts(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -100,7 +118,7 @@ def facts(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def measure(case: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
+def measure(case: str, rounds: int, seconds: float, rest: float) -> list[dict[str, Any]]:
     """The rows of one model: all made, then timed in turn, round after round."""
     rows: list[tuple[Row, list[dict[str, float]]]] = []
     for module, mode, precision in PLAN:
@@ -112,6 +130,7 @@ def measure(case: str, rounds: int, seconds: float) -> list[dict[str, Any]]:
     for round_ in range(rounds):
         report.say(f"{case}: round {round_ + 1} of {rounds}")
         for row, medians in rows:
+            time.sleep(rest)
             times = machine.undisturbed(partial(row.burst, seconds), seconds)
             medians.append({name: 1e3 * statistics.median(same) for name, same in times.items()})
     report.say("")
@@ -267,25 +286,37 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def page(sections: list[Section], asked: argparse.Namespace, before: str) -> str:
-    """docs/benchmarks.md."""
+def provenance(asked: argparse.Namespace, before: str, counted: tuple[int, int]) -> str:
+    """Where the numbers of a section come from; `counted` of the probe before it."""
     options = (
         f"--models {asked.models} --rounds {asked.rounds} --seconds {asked.seconds:g} "
-        f"--steps {asked.steps}"
+        f"--rest {asked.rest:g} --steps {asked.steps}"
     )
+    measured, disturbed = machine.measured - counted[0], machine.disturbed - counted[1]
+    probed = f"; {disturbed} of {measured} measurements in spite of the probe" if measured else ""
+    return (
+        f"*{time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC, `{options}`; load average "
+        f"{before} at the start, {report.load()} at the end{probed}.*"
+    )
+
+
+def page(old: str, section: Section, origin: str) -> str:
+    """docs/benchmarks.md: the old one with this section, unless it is of another machine."""
     numbers = ", ".join(f"{name} {number}" for name, number in report.versions().items())
-    parts = [
-        "# Benchmarks",
-        f"Written by `python -m benchmarks --page` from one run (`{options}`).",
-        f"{report.cpu()}, {report.THREADS} threads on every side; {numbers}; load average "
-        f"{before} at the start, {report.load()} at the end. Medians of rounds in turn; machines "
-        "like this one are noisy, so believe ratios of one run only. The two cores of a virtual "
-        "machine are moved about, and may for a while be one, or share no cache. So measurements "
-        "wait until a probe finds them side by side, and are made again where it does not "
-        f"afterwards; {machine.disturbed} of {machine.measured} were accepted without.",
-        *(section.markdown(ROOT / "docs") for section in sections),
-    ]
-    return "\n\n".join(parts) + "\n"
+    head = (
+        "# Benchmarks\n\n"
+        "Written by `python -m benchmarks --page`; each section says by which run.\n\n"
+        f"{report.cpu()}, {report.THREADS} threads on every side; {numbers}. Medians of rounds in "
+        "turn; machines like this one are noisy, so believe ratios of one run only. The two cores "
+        "of a virtual machine are moved about, and may for a while be one, or share no cache. So "
+        "measurements wait until a probe finds them side by side, and are made again where it does "
+        "not afterwards; what happens within a measurement it cannot see."
+    )
+    before, *parts = old.rstrip("\n").split("\n\n## ")
+    found = {part.partition("\n")[0]: part for part in parts if before == head}
+    title, _, text = section.markdown(ROOT / "docs").removeprefix("## ").partition("\n\n")
+    found[title] = f"{title}\n\n{origin}\n\n{text}"
+    return "\n\n## ".join((head, *found.values())) + "\n"
 
 
 if __name__ == "__main__":

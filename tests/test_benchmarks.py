@@ -226,6 +226,18 @@ def test_a_row_that_cannot_start_says_why() -> None:
         burst.Row("peers", "lenet", "eager", "float32")
 
 
+def test_a_page_keeps_the_sections_that_are_not_measured_again(monkeypatch) -> None:
+    monkeypatch.setattr(bench.report, "cpu", lambda: "a processor")
+    first, second = (Section(title=t, text=f"of {t}", tables=[]) for t in ("One", "Two"))
+    text = bench.page(bench.page("", first, "*a*"), second, "*b*")
+    _, one, two = text.split("\n\n## ")
+    assert one == "One\n\n*a*\n\nof One"
+    assert two == "Two\n\n*b*\n\nof Two\n"
+    assert bench.page(text, first, "*c*") == text.replace("*a*", "*c*")
+    monkeypatch.setattr(bench.report, "cpu", lambda: "another")
+    assert "of One" not in bench.page(text, second, "*d*")
+
+
 def test_a_section_is_a_part_of_the_page(tmp_path) -> None:
     table = Table(title="T", columns=("a", "b"), rows=[("x", "1")])
     picture = tmp_path / "docs" / "pictures" / "p.svg"
