@@ -68,8 +68,6 @@ def main() -> None:
     names = list(sections) if asked.page == "" else (asked.page or "speed").split(",")
     if unknown := set(names) - set(sections):
         raise SystemExit(f"no section {sorted(unknown)}: choose from {', '.join(sections)}")
-    if asked.page == "":
-        PAGE.unlink(missing_ok=True)
     with report.alone():
         for name in names:
             before, counted = report.load(), (machine.measured, machine.disturbed)
@@ -78,7 +76,9 @@ def main() -> None:
             print(f"load average {before} at the start, {report.load()} at the end")
             if asked.page is not None:  # After each section: what ends early loses none of them.
                 origin = provenance(asked, before, counted)
-                PAGE.write_text(page(PAGE.read_text() if PAGE.exists() else "", section, origin))
+                whole = asked.page == "" and name == names[0]
+                old = PAGE.read_text() if PAGE.exists() and not whole else ""
+                PAGE.write_text(page(old, section, origin))
 
 
 def measures(asked: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Section]]:

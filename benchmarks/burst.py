@@ -46,7 +46,7 @@ SLOW = 1.15
 """Times the least that the same multiply-adds have taken: above, cores are not our own."""
 APART = 7
 """Times as long for a copy of what the other thread wrote as for one of its own: above, they share
-no cache. On one machine it was 4 with a cache in common and 10 without.
+no cache. Chosen between what both states gave.
 """
 PROBED = 0.015
 """Seconds, of each of three things."""

@@ -356,36 +356,17 @@ def _conv_gram(low: Lowering, var: Any, call: Any) -> None:
 
 
 def _conv_gradient(low: Lowering, var: Any, call: Any) -> None:
+    """A sum over examples: weighted by c, or of the whole batch where there is none."""
     gradient = clipping.from_attributes(_attributes(call))
     conv = gradient.conv
-    x, d, c = (low.value(v) for v in _operands(call))
+    x, d, *c = (low.value(v) for v in _operands(call))
     out = low.new(var, (conv.weights,))
-    build = lambda: gradient.templates.weighted_gradient(low.cpu, conv)  # noqa: E731
-    low.emit(
-        "conv_gradient",
-        ("conv_gradient", gradient),
-        build,
-        [Activations(x, conv), d, c],
-        [out],
-        work=cost.weighted_gradient(low.cpu, conv, gradient.algorithm),
+    label, product = (
+        ("conv_gradient", "weighted_gradient") if c else ("conv_batch_gradient", "batch_gradient")
     )
-    low.values[var] = out
-
-
-def _conv_batch_gradient(low: Lowering, var: Any, call: Any) -> None:
-    gradient = clipping.from_attributes(_attributes(call))
-    conv = gradient.conv
-    x, d = (low.value(v) for v in _operands(call))
-    out = low.new(var, (conv.weights,))
-    build = lambda: gradient.templates.batch_gradient(low.cpu, conv)  # noqa: E731
-    low.emit(
-        "conv_batch_gradient",
-        ("conv_batch_gradient", gradient),
-        build,
-        [Activations(x, conv), d],
-        [out],
-        work=cost.batch_gradient(low.cpu, conv, gradient.algorithm),
-    )
+    build = lambda: getattr(gradient.templates, product)(low.cpu, conv)  # noqa: E731
+    work = getattr(cost, product)(low.cpu, conv, gradient.algorithm)
+    low.emit(label, (label, gradient), build, [Activations(x, conv), d, *c], [out], work=work)
     low.values[var] = out
 
 
@@ -449,7 +430,7 @@ TEMPLATES: Templates = {
     "myelin.conv-stored": _conv_stored,
     "myelin.conv-gram": _conv_gram,
     "myelin.conv-gradient": _conv_gradient,
-    "myelin.conv-batch-gradient": _conv_batch_gradient,
+    "myelin.conv-batch-gradient": _conv_gradient,
     "myelin.bias-stored": _bias_stored,
     "myelin.scale-stored": _scale_stored,
     "myelin.weighted-sum": _weighted_sum,

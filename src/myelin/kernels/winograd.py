@@ -197,28 +197,25 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
     with Kernel(**gradient.images, **own) as kernel:
         x, d, c, *scratch, sums, g = kernel.buffers
         _clear(cpu, conv, g)
-        for runs in segments(conv.n, run):
-            with serial(runs.count) as number:
-                with T.parallel(runs.size) as slot:
-                    gradient.transform(x, d, scratch, slot, runs.at(number) + slot)
-                for chunk, part in gradient.shares():
-                    for row, tap, offset, lanes in part.cells():
-                        at = part.place(tap, row, offset)
-                        store(sums, splat(0.0, lanes), chunk, at)
-                    with serial(runs.size) as slot:
-                        factor = T.bind(load(c, runs.at(number) + slot))
-                        found = gradient.taps(scratch, slot, chunk, part)
-                        for row, _, offset, lanes, taps in found:
-                            for tap, value in enumerate(taps):
-                                at = part.place(tap, row, offset)
-                                clipped = T.bind(splat(factor, lanes) * value)
-                                kept = select(is_finite(clipped), clipped, splat(0.0, lanes))
-                                store(sums, load(sums, chunk, at, lanes=lanes) + kept, chunk, at)
-                    for row, tap, offset, lanes in part.cells():
-                        at = part.place(tap, row, offset)
-                        total = load(sums, chunk, at, lanes=lanes)
-                        at = _weight(conv, tap, part, row, offset)
-                        store(g, load(g, at, lanes=lanes) + total, at)
+        for runs, number in _runs(gradient, x, d, scratch):
+            for chunk, part in gradient.shares():
+                for row, tap, offset, lanes in part.cells():
+                    at = part.place(tap, row, offset)
+                    store(sums, splat(0.0, lanes), chunk, at)
+                with serial(runs.size) as slot:
+                    factor = T.bind(load(c, runs.at(number) + slot))
+                    found = gradient.taps(scratch, slot, chunk, part)
+                    for row, _, offset, lanes, taps in found:
+                        for tap, value in enumerate(taps):
+                            at = part.place(tap, row, offset)
+                            clipped = T.bind(splat(factor, lanes) * value)
+                            kept = select(is_finite(clipped), clipped, splat(0.0, lanes))
+                            store(sums, load(sums, chunk, at, lanes=lanes) + kept, chunk, at)
+                for row, tap, offset, lanes in part.cells():
+                    at = part.place(tap, row, offset)
+                    total = load(sums, chunk, at, lanes=lanes)
+                    at = _weight(conv, tap, part, row, offset)
+                    store(g, load(g, at, lanes=lanes) + total, at)
     return kernel.function
 
 
@@ -234,17 +231,25 @@ def batch_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> Any
     with Kernel(**gradient.images, **own) as kernel, operands.scope():
         x, d, *scratch, g = kernel.buffers
         _clear(cpu, conv, g)
-        for runs in segments(conv.n, run):
-            with serial(runs.count) as number:
-                with T.parallel(runs.size) as slot:
-                    gradient.transform(x, d, scratch, slot, runs.at(number) + slot)
-                for chunk, part in gradient.shares():
-                    found = gradient.taps(scratch, 0, chunk, part, runs.size)
-                    for row, _, offset, lanes, taps in found:
-                        for tap, value in enumerate(taps):
-                            at = _weight(conv, tap, part, row, offset)
-                            store(g, load(g, at, lanes=lanes) + value, at)
+        for runs, _ in _runs(gradient, x, d, scratch):
+            for chunk, part in gradient.shares():
+                found = gradient.taps(scratch, 0, chunk, part, runs.size)
+                for row, _, offset, lanes, taps in found:
+                    for tap, value in enumerate(taps):
+                        at = _weight(conv, tap, part, row, offset)
+                        store(g, load(g, at, lanes=lanes) + value, at)
     return kernel.function
+
+
+def _runs(
+    gradient: _Gradient, x: Any, d: Any, scratch: Sequence[Any]
+) -> Iterator[tuple[Segment, Any]]:
+    """(runs of one length, number of a run), its examples transformed, a slot each."""
+    for runs in segments(gradient.conv.n, gradient.slots):
+        with serial(runs.count) as number:
+            with T.parallel(runs.size) as slot:
+                gradient.transform(x, d, scratch, slot, runs.at(number) + slot)
+            yield runs, number
 
 
 def _clear(cpu: Cpu, conv: Conv, g: Any) -> None:
