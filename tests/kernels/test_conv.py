@@ -396,3 +396,11 @@ def test_the_object_needs_nothing_that_the_runtime_lacks(cpu):
     }
     assert_runtime_suffices(templates, cpu)
     assert workspace_bytes(templates, cpu) == 0
+
+
+def test_taps_that_meet_nothing_but_zeros_are_left_out_where_they_are_many():
+    small, large = SHAPES["mnist-2"], Conv(n=1, h=64, w=64, ci=1, co=1, kh=3, kw=3)
+    for conv, parts in ((small, [(1, 1), (4, 2), (1, 1)] * 2), (large, [(64, 3)])):
+        rows, columns = kernels.axes(conv)
+        for axis in (rows, columns):
+            assert [(phase.size, len(phase.taps)) for phase in axis.phases()] == parts

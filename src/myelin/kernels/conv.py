@@ -35,8 +35,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import groupby, product
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -135,7 +135,10 @@ def forward(cpu: Cpu, conv: Conv, *, bias: bool, finish: Epilogue = PLAIN) -> An
                     if b:
                         for row, vector, offset, lanes in tile.cells():
                             tile.set(row, vector, load(b[0], co + offset, lanes=lanes))
-                    for kh, kw, ci in steps(conv.kh, conv.kw, conv.ci):
+                    # Of one channel, pixels see the same numbers at taps a stride apart: LLVM would
+                    # keep them from tap to tap, on the stack.
+                    unroll = 4 if conv.ci > 1 else min(4, sw)
+                    for kh, kw, ci in steps(conv.kh, conv.kw, conv.ci, unroll=unroll):
                         tile.add_outer(
                             [load(xp, i, h * sh + kh, v * sw + kw, ci) for h, v in pixels],
                             [load(w, kh, kw, ci, co + o, lanes=n) for o, n in tile.vectors()],
@@ -183,7 +186,7 @@ def backward_data(cpu: Cpu, conv: Conv, *, finish: Epilogue = PLAIN) -> Any:
                     for q, r, block in pixel_blocks(cpu, across.size, along.size, widths):
                         tile = Tile(len(block), widths)
                         h, v = across.source(q), along.source(r)
-                        for th, tw, co in steps(across.taps, along.taps, conv.co):
+                        for th, tw, co in steps(len(across.taps), len(along.taps), conv.co):
                             kh, kw = across.tap(th), along.tap(tw)
                             tile.add_outer(
                                 [
@@ -423,33 +426,64 @@ class _Axis:
             end = (self.size - 1 + self.before - remainder) // self.stride + 1
             if end > first:
                 taps = len(range(remainder, self.taps, self.stride))
-                yield _Phase(
-                    axis=self, remainder=remainder, first=first, size=end - first, taps=taps
-                )
+                yield from _Phase(
+                    axis=self,
+                    remainder=remainder,
+                    first=first,
+                    size=end - first,
+                    of=taps,
+                    taps=range(taps),
+                ).parts()
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Phase:
-    """Positions remainder + stride · (first, first + 1, …) of one axis of the padded input."""
+    """Positions remainder + stride · (first, first + 1, …) of one axis of the padded input.
+
+    `taps` are those of the phase's `of` taps that these positions need.
+    """
 
     axis: _Axis
     remainder: int
     first: int
     size: int
-    taps: int
+    of: int
+    taps: range
+
+    def parts(self) -> Iterator[_Phase]:
+        """This phase; in parts, if many of its taps meet nothing but zeros: less to multiply."""
+        positions = range(self.first, self.first + self.size)
+        parts = [(met, len(list(group))) for met, group in groupby(positions, key=self._met)]
+        needed = sum(len(met) * size for met, size in parts)
+        if len(parts) > _MOST_PARTS or needed > _WORTH * self.of * self.size:
+            yield self
+            return
+        first = self.first
+        for met, size in parts:
+            yield replace(self, first=first, size=size, taps=met)
+            first += size
 
     def tap(self, number: Any) -> Any:
         """Which row of the turned kernel tap `number` of this phase is."""
         first = (self.axis.taps - 1 - self.remainder) % self.axis.stride
-        return first + self.axis.stride * number
+        return first + self.axis.stride * (self.taps.start + number)
 
     def source(self, number: Any) -> Any:
         """Which row of the bordered adjoint meets position `number` at tap 0."""
-        return self.first + number + self.axis.border[0] - (self.taps - 1)
+        return self.first + number + self.axis.border[0] - (self.of - 1) + self.taps.start
 
     def target(self, number: Any) -> Any:
         """Which row of the input position `number` is."""
         return self.remainder + self.axis.stride * (self.first + number) - self.axis.before
+
+    def _met(self, position: int) -> range:
+        """The taps of a position that meet the adjoint, not its border."""
+        first = self.of - 1 - position
+        return range(max(0, first), max(0, first, min(self.of, first + self.axis.border[1])))
+
+
+_MOST_PARTS = 3  # each is compiled on its own
+_WORTH = 0.9  # of a phase's multiplications
 
 
 # Weight gradients

@@ -163,7 +163,7 @@ def backward_data(cpu: Cpu, conv: Conv, *, finish: Epilogue = PLAIN) -> Any:
                     for q, r, block in plain.pixel_blocks(cpu, *sizes, _wide(lanes)):
                         tile = Tile(len(block), _wide(lanes))
                         h, v = across.source(q), along.source(r)
-                        for th, tw, co in steps(across.taps, along.taps, half):
+                        for th, tw, co in steps(len(across.taps), len(along.taps), half):
                             kernel_at = across.tap(th), along.tap(tw)
                             add_outer(
                                 tile,
