@@ -36,7 +36,7 @@ from myelin.kernels.tir import (
 
 # Examples that one float32 accumulator adds before it goes into the total.
 EXAMPLES = 32
-# Examples whose factors are packed together.
+# Examples whose adjoints are packed together.
 _PACKED = 16
 # Numbers of a row from which on columns are packed: rows of pages share the same lines of a cache.
 _LONG = 512
@@ -102,12 +102,13 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
         kept = workspace(strips, m, wide)
         panels = _Panels(cpu, k, n, m)
         work = m * (strips + panels.count * len(panels.vectors))
+        # By strips, as tiles are dealt out below: what a thread packs, it needs itself.
+        with tasks(strips, work) as strip, serial(m) as i:
+            for at, lanes in pieces(wide, cpu.lanes):
+                column = tile_start(strip, wide, k) + at
+                counted = if_counted(load(c, i), load(x, i, column, lanes=lanes), lanes)
+                store(kept, counted, strip, i, at)
         for first, size in blocks(m, _PACKED, lambda extent: tasks(extent, work)):
-            with serial(strips) as strip, serial(size) as i:
-                for at, lanes in pieces(wide, cpu.lanes):
-                    value = load(x, first + i, tile_start(strip, wide, k) + at, lanes=lanes)
-                    counted = if_counted(load(c, first + i), value, lanes)
-                    store(kept, counted, strip, first + i, at)
             with serial(panels.count) as panel, serial(size) as i:
                 weight = load(c, first + i)
                 for at, lanes in panels.vectors:
@@ -124,6 +125,7 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
             right=panels.read,
             write=PLAIN.into(g, []),
             chain=EXAMPLES,
+            by_rows=True,
         )
     return kernel.function
 
@@ -213,6 +215,7 @@ def _product(
     start: Callable[[Any, int], Any] = lambda _column, lanes: splat(0.0, lanes),
     write: Callable[..., None],
     chain: int | None = None,
+    by_rows: bool = False,
 ) -> None:
     """Writes start[column] + Σ_depth left[row, depth] · right[depth, column] at (row, column).
 
@@ -229,6 +232,8 @@ def _product(
 
     with tasks(panels * row_tiles, rows * panels * len(vectors_wide) * depth) as task:
         panel, tile = task // row_tiles, task % row_tiles
+        if by_rows:
+            tile, panel = task // panels, task % panels
         column, row = tile_start(panel, width, columns), tile_start(tile, tile_rows, rows)
         sums = [local(width) for _ in range(tile_rows)]
         totals = [local(width) for _ in range(tile_rows)] if chain < depth else sums
