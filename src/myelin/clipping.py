@@ -124,9 +124,15 @@ def additions(module: Any, objective: Objective) -> int:
         if _kind(layer) == "linear":
             longest = max(longest, LINEAR[objective.precision].weighted_gradient_additions(n))
         elif _kind(layer) == "conv2d" and how[layer.name] != "stored":
-            conv = convolution(layer)
-            longest = max(longest, conv_kernels.weighted_gradient_additions(conv))
+            gradient = _gradient(layer, "weighted_gradient", objective)
+            longest = max(longest, gradient.additions)
     return longest
+
+
+def _gradient(layer: Layer, product: Product, objective: Objective) -> Gradient:
+    """How a convolution's weight gradient is computed."""
+    conv, cpu = convolution(layer), Cpu.named(objective.level)
+    return Gradient(conv=conv, algorithm=planner.algorithm(cpu, conv, product, objective.precision))
 
 
 def convolution(layer: Layer) -> Conv:
@@ -221,7 +227,6 @@ def _gather(
     `ends` are the layer's input and the adjoint of its output.
     """
     x, d = ends
-    cpu = Cpu.named(objective.level)
     batch = _shape(x)[0]
     if layer.bias is not None and _kind(layer) != "linear":
         later[layer.bias] = _stored_sum(builder, d, _bias_size(layer, d), norms)
@@ -237,12 +242,9 @@ def _gather(
         if layer.bias is not None:
             later[layer.bias] = lambda c: kernel("bias-gradient", [d, c], [(n,)])
         return
-    conv = convolution(layer)
     products: Mapping[Method, Product] = {"stored": "stored_gradient", "none": "batch_gradient"}
-    product = products.get(how, "weighted_gradient")
-    algorithm = planner.algorithm(cpu, conv, product, objective.precision)
-    gradient = Gradient(conv=conv, algorithm=algorithm)
-    numbers = attributes(gradient)
+    gradient = _gradient(layer, products.get(how, "weighted_gradient"), objective)
+    conv, numbers = gradient.conv, attributes(gradient)
     if how == "stored":
         results = [(batch, conv.weights), (batch,)]
         pair = builder.emit(kernel("conv-stored", [x, d], results, numbers))

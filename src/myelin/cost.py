@@ -8,7 +8,6 @@ checks it: predicted against measured, kernel by kernel and for whole gradients.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,9 +16,8 @@ from myelin.cpu import Cpu, Precision
 from myelin.kernels.gram import gram_cost
 from myelin.kernels.linear import tile_shape
 from myelin.kernels.pool import Pool
-from myelin.kernels.tiles import run_length
 from myelin.kernels.window import Conv
-from myelin.kernels.winograd import largest_divisor
+from myelin.kernels.winograd import Sums, largest_divisor
 
 Algorithm = Literal["direct", "winograd", "direct bf16", "winograd bf16"]
 """How a convolution or its gradient is computed: directly or by Winograd, of which operands."""
@@ -136,17 +134,20 @@ def backward_data(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
 
 def stored_gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     """All examples' gradients of a convolution, written for later."""
-    return _gradient(cpu, conv, algorithm, _STORED, conv.n)
+    tiles = _tiles(conv.oh, conv.ow)
+    scratch = 4 * 36 * tiles * (conv.ci + min(conv.co, 32)) * min(conv.n, 8)
+    return _gradient(cpu, conv, algorithm, _STORED, conv.n, scratch=scratch)
 
 
 def weighted_gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     """The weighted sum of all examples' gradients of a convolution."""
-    return _gradient(cpu, conv, algorithm, _WEIGHTED, conv.n)
+    return _summed(cpu, conv, algorithm, conv.n)
 
 
 def batch_gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     """The sum of all examples' gradients of a convolution, of which none is found alone."""
-    return _gradient(cpu, conv, algorithm, _WEIGHTED, -(-conv.n // run_length(conv.n)))
+    sums = Sums(conv=conv)
+    return _summed(cpu, conv, algorithm, sums.examples * -(-sums.each // sums.together))
 
 
 def gram(cpu: Cpu, conv: Conv) -> Work:
@@ -169,18 +170,42 @@ def _transformed(
     )
 
 
-def _gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm, taps: int, found: int) -> Work:
-    """`taps` instructions make a vector's nine from its points, for each of `found` gradients."""
+def _summed(cpu: Cpu, conv: Conv, algorithm: Algorithm, found: int) -> Work:
+    sums = Sums(conv=conv)
+    return _gradient(
+        cpu,
+        conv,
+        algorithm,
+        _WEIGHTED,
+        found,
+        adjoints=sums.channels,
+        scratch=4 * sums.scratch,
+    )
+
+
+def _gradient(
+    cpu: Cpu,
+    conv: Conv,
+    algorithm: Algorithm,
+    taps: int,
+    found: int,
+    *,
+    adjoints: int = 1,
+    scratch: int,
+) -> Work:
+    """`taps` instructions make a vector's nine from its points, for each of `found` gradients;
+    adjoints are transformed so many times.
+    """
     inputs, outputs = _vectors(cpu, conv.ci), _vectors(cpu, conv.co)
     if algorithm in WINOGRAD:
-        each = _tiles(conv.oh, conv.ow)
-        tiles = conv.n * each
+        tiles = conv.n * _tiles(conv.oh, conv.ow)
         return _multiplied(
             conv,
             algorithm,
             36 * tiles * conv.ci * outputs * _idle(min(8, conv.ci) * min(2, outputs)),
-            tiles * (_INPUT * inputs + _ADJOINT * outputs) + taps * found * conv.ci * outputs,
-            scratch=4 * 36 * each * (conv.ci + conv.co) * max(8, math.isqrt(conv.n)),
+            tiles * (_INPUT * inputs + adjoints * _ADJOINT * outputs)
+            + taps * found * conv.ci * outputs,
+            scratch=scratch,
         )
     products = conv.n * conv.pixels * conv.taps * outputs
     return _direct(conv, algorithm, products, 4 * found * conv.taps * outputs)

@@ -86,6 +86,11 @@ class Gradient:
         """How far a summed gradient is from the exact one, for its Gram norm."""
         return float(self.templates.gradient_error(self.conv))
 
+    @property
+    def additions(self) -> int:
+        """Longest chain of float32 operations on its weighted sum over the examples."""
+        return int(self.templates.weighted_gradient_additions(self.conv))
+
 
 def store(
     convolutions: Mapping[str, Conv], cpu: Cpu, budget: int, precision: Precision = "float32"

@@ -1,11 +1,12 @@
 import pytest
 from templates import every_template
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import LEVELS
 from myelin.kernels import bf16
 from myelin.kernels.bounds import BoundsError, prove
-from myelin.kernels.tir import Kernel, load, local, serial, splat, store
+from myelin.kernels.tir import Kernel, load, local, prefetch, serial, splat, store
 
 
 @pytest.mark.parametrize("level", LEVELS, ids=lambda cpu: cpu.level)
@@ -41,6 +42,15 @@ def foreign_function(x, y, i):
     store(y, T.call_pure_extern("float32", "getpid", load(x, i)), i)
 
 
+def prefetch_of_a_number(x, y, i):
+    del x, y
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", i, 0, 2, 1))
+
+
+def address_taken(x, y, i):
+    store(y, tirx.call_intrin("float32", "tirx.reinterpret", T.address_of(x[i])), i)
+
+
 def loop_on_data(x, y, i):
     with T.serial(T.Cast("int32", load(x, i))) as j:
         store(y, splat(0.0, 1), j)
@@ -67,6 +77,10 @@ def bound_data(x, y, i):
             "index depends on data",
         ),
         (bound_data, "y", "index depends on data"),
+        (lambda x, y, i: prefetch(x, i + 1), "x", "reaches 1 … 10"),
+        (lambda x, y, i: prefetch(x, T.Cast("int32", load(x, i))), "x", "index depends on data"),
+        (prefetch_of_a_number, "tirx.prefetch", "is not of an element"),
+        (address_taken, "tirx.address_of", "call is not one that computes a value"),
         (branch_on_data, "condition", "control flow depends on data"),
         (loop_on_data, "loop", "control flow depends on data"),
         (

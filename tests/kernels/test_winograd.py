@@ -20,6 +20,7 @@ SHAPES = {
     "ragged": Conv(n=2, h=9, w=11, ci=20, co=50, **SQUARE),
     "scalars": Conv(n=3, h=7, w=5, ci=1, co=1, kh=3, kw=3, padding=(0, 1, 2, 0)),
     "narrow": Conv(n=11, h=3, w=4, ci=17, co=3, kh=3, kw=3),
+    "divided": Conv(n=5, h=5, w=6, ci=192, co=160, **SQUARE),
 }
 every_shape = pytest.mark.parametrize("conv", SHAPES.values(), ids=SHAPES)
 
@@ -33,6 +34,25 @@ def outputs(conv, cpu, call):
         *direct.results(call, winograd.weighted_gradient(cpu, conv), xp, d, factors(conv)),
         *direct.results(call, winograd.batch_gradient(cpu, conv), xp, d),
     ]
+
+
+def test_sums_are_dealt_out_by_examples_and_large_ones_by_channels_too():
+    sums = {name: winograd.Sums(conv=conv) for name, conv in SHAPES.items()}
+    dealt = {name: (s.examples, s.channels, s.each) for name, s in sums.items()}
+    assert dealt["whole"] == (3, 1, 1)
+    assert dealt["narrow"] == (8, 1, 1)
+    assert dealt["divided"] == (2, 4, 2)
+
+
+@pytest.mark.parametrize("n", [1, 7, 64, 1000])
+def test_additions_are_counted_as_they_are_dealt_out(n):
+    """Of a run, of the runs of a share and one more example, of the shares."""
+    conv = Conv(n=n, h=8, w=8, ci=256, co=256, **SQUARE)
+    sums = winograd.Sums(conv=conv)
+    assert sums.examples * sums.each <= n < sums.examples * (sums.each + 1)
+    runs = -(-sums.each // sums.together) + (n % sums.examples > 0)
+    counted = winograd.weighted_gradient_additions(conv)
+    assert counted >= 1 + sums.together + runs + sums.examples - 1
 
 
 def factors(conv):

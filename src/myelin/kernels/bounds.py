@@ -16,7 +16,7 @@ import math
 from typing import Any
 
 from tvm import DataType, tirx
-from tvm.ir import Range, TensorLoad, Var
+from tvm.ir import Op, Range, TensorLoad, Var
 from tvm.sym import Analyzer
 from tvm.tirx.buffer import is_buffer_var
 
@@ -35,6 +35,9 @@ _PURE = frozenset(
         *("isnan", "likely"),
     )
 )
+
+
+_PREFETCH, _ADDRESS_OF = (Op.get(f"tirx.{name}") for name in ("prefetch", "address_of"))
 
 
 class BoundsError(MyelinError):
@@ -110,6 +113,8 @@ class _Proof:
             case "BufferStore":
                 self.expression(node.value)
                 self._access(node.buffer, node.indices, _lanes(node.value))
+            case "Evaluate" if getattr(node.value, "op", None) == _PREFETCH:
+                self._prefetch(node.value)
             case "Evaluate":
                 self.expression(node.value)
             case "AttrStmt" if node.attr_key == bf16.PRAGMA and _text(node.value) in bf16.TEXTS:
@@ -156,6 +161,15 @@ class _Proof:
             self._analyzer.bind(node.var, node.value)
         else:
             self._data.append(node.var)
+
+    def _prefetch(self, node: Any) -> None:
+        """A prefetch is of an element that could be read."""
+        address, *hints = node.args
+        element = address.args[0] if getattr(address, "op", None) == _ADDRESS_OF else None
+        if not isinstance(element, TensorLoad):
+            raise self._refusal("tirx.prefetch", address, "is not of an element")
+        for part in (element, *hints):
+            self.expression(part)
 
     def _access(self, buffer: Any, indices: Any, lanes: int) -> None:
         shape = self._shape(buffer)

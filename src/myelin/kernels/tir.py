@@ -96,6 +96,15 @@ def store(buffer: Any, value: Any, *index: Any) -> None:
     T.buffer_store(buffer, value, list(_at(index, _lanes(value))))
 
 
+def prefetch(buffer: Any, *index: Any) -> None:
+    """Asks for the line of an element that is read later, into the second level of caches: there it
+    does not take the place of what is read now.
+    """
+    reads, level, data = 0, 2, 1
+    address = T.address_of(buffer[index])
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, reads, level, data))
+
+
 def splat(value: Any, lanes: int) -> Any:
     """Repeats a number or a scalar expression in a vector."""
     if isinstance(value, int | float):

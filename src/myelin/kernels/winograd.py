@@ -18,6 +18,7 @@ and output channels come in whole vectors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,12 +32,10 @@ from myelin.kernels.epilogue import PLAIN, Epilogue
 from myelin.kernels.functions import is_finite
 from myelin.kernels.operands import FLOAT32, Operands
 from myelin.kernels.tiles import (
-    Segment,
     SquaredNorm,
     Tile,
     channel_groups,
     grid,
-    run_length,
     segments,
     steps,
 )
@@ -46,6 +45,7 @@ from myelin.kernels.tir import (
     gamma,
     load,
     pieces,
+    prefetch,
     select,
     serial,
     splat,
@@ -57,8 +57,9 @@ from myelin.kernels.window import Conv, Product
 Values = list[Any]
 
 _POINTS = 36
-_CHUNKS = 8  # parts of the batch, each with a scratch of its own
-_SUMS = 4  # parts of the batch that are summed on their own
+_CHUNKS = 8  # parts of the work, each with a scratch of its own
+_AHEAD = 2  # rows of tiles, enough for memory to answer
+_CACHE = 1 << 20  # bytes of a thread's own cache
 _PAD = 16  # floats between planes: their distance must not be a multiple of a page
 _GROWTH = 181  # what absolute values grow by, against a product of activations and adjoints
 
@@ -165,11 +166,12 @@ def stored_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> An
     with Kernel(**gradient.images, **gradient.scratch, **results) as kernel, operands.scope():
         x, d, *scratch, g, s = kernel.buffers
         for chunk, i in _shares(conv.n, chunks):
-            gradient.transform(x, d, scratch, chunk, i)
+            gradient.inputs(x, scratch, chunk, i)
             norm = SquaredNorm()
-            for _, channel, widths in _groups(cpu, conv.co):
-                with norm.part(widths) as add:
-                    for part in gradient.rows(channel, widths):
+            for group in gradient.groups():
+                gradient.adjoints(d, scratch, chunk, i, group)
+                with norm.part(group.widths) as add:
+                    for part in gradient.parts(group):
                         for row, v, offset, _, taps in gradient.taps(scratch, chunk, chunk, part):
                             for tap, value in enumerate(taps):
                                 store(g, value, i, _weight(conv, tap, part, row, offset))
@@ -183,40 +185,45 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
 
     g_i leaves the domain of points before it is multiplied by c_i and added: sums there would
     round relative to numbers that no norm bounds. Where c_i g_i is not finite nothing is added: so
-    an example with c_i = 0 adds nothing whatever it holds, nor one that overflows on the way. A run
-    of examples at a time is transformed together, then summed part by part.
+    an example with c_i = 0 adds nothing whatever it holds, nor one that overflows on the way.
     """
-    run = run_length(conv.n)
-    gradient = _Gradient(cpu=cpu, conv=conv, slots=run, chunks=_CHUNKS)
+    sums = Sums(conv=conv)
+    gradient = sums.gradient(cpu, FLOAT32)
     own = {
         "c": (conv.n,),
         **gradient.scratch,
-        "sums": (_CHUNKS, 9 * gradient.most * gradient.wide),
+        "sums": (gradient.chunks, 9 * gradient.most * gradient.wide),
+        "totals": (sums.examples, conv.weights),
         "g": (conv.weights,),
     }
     with Kernel(**gradient.images, **own) as kernel:
-        x, d, c, *scratch, sums, g = kernel.buffers
-        _clear(cpu, conv, g)
-        for runs, number in _runs(gradient, x, d, scratch):
-            for chunk, part in gradient.shares():
+        x, d, c, *scratch, part_sums, totals, g = kernel.buffers
+        _clear(cpu, sums, totals)
+        for run in sums.runs(gradient, x, scratch):
+            for part in run.parts(gradient, d, scratch):
                 for row, tap, offset, lanes in part.cells():
-                    at = part.place(tap, row, offset)
-                    store(sums, splat(0.0, lanes), chunk, at)
-                with serial(runs.size) as slot:
-                    factor = T.bind(load(c, runs.at(number) + slot))
-                    found = gradient.taps(scratch, slot, chunk, part)
+                    store(part_sums, splat(0.0, lanes), run.chunk, part.place(tap, row, offset))
+                with serial(run.size) as i:
+                    factor = T.bind(load(c, run.first + i))
+                    found = gradient.taps(scratch, run.slot + i, run.chunk, part)
                     for row, _, offset, lanes, taps in found:
                         for tap, value in enumerate(taps):
-                            at = part.place(tap, row, offset)
+                            at = (run.chunk, part.place(tap, row, offset))
                             clipped = T.bind(splat(factor, lanes) * value)
                             kept = select(is_finite(clipped), clipped, splat(0.0, lanes))
-                            store(sums, load(sums, chunk, at, lanes=lanes) + kept, chunk, at)
+                            store(part_sums, load(part_sums, *at, lanes=lanes) + kept, *at)
                 for row, tap, offset, lanes in part.cells():
-                    at = part.place(tap, row, offset)
-                    total = load(sums, chunk, at, lanes=lanes)
-                    at = _weight(conv, tap, part, row, offset)
-                    store(g, load(g, at, lanes=lanes) + total, at)
+                    value = load(part_sums, run.chunk, part.place(tap, row, offset), lanes=lanes)
+                    at = (run.share, _weight(conv, tap, part, row, offset, run.origin))
+                    store(totals, load(totals, *at, lanes=lanes) + value, *at)
+        _add(cpu, sums, totals, g)
     return kernel.function
+
+
+def weighted_gradient_additions(conv: Conv) -> int:
+    """Longest chain of float32 operations on a sum over the examples in `weighted_gradient`."""
+    sums = Sums(conv=conv)
+    return sums.together + -(-sums.each // sums.together) + 2 + sums.examples
 
 
 def batch_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> Any:
@@ -225,42 +232,62 @@ def batch_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> Any
     Runs of examples are summed in the domain of points, so nothing bounds what an example adds to
     their rounding.
     """
-    run = run_length(conv.n)
-    gradient = _Gradient(cpu=cpu, operands=operands, conv=conv, slots=run, chunks=_CHUNKS)
-    own = {**gradient.scratch, "g": (conv.weights,)}
+    sums = Sums(conv=conv)
+    gradient = sums.gradient(cpu, operands)
+    own = {
+        **gradient.scratch,
+        "totals": (sums.examples, conv.weights),
+        "g": (conv.weights,),
+    }
     with Kernel(**gradient.images, **own) as kernel, operands.scope():
-        x, d, *scratch, g = kernel.buffers
-        _clear(cpu, conv, g)
-        for runs, _ in _runs(gradient, x, d, scratch):
-            for chunk, part in gradient.shares():
-                found = gradient.taps(scratch, 0, chunk, part, runs.size)
+        x, d, *scratch, totals, g = kernel.buffers
+        _clear(cpu, sums, totals)
+        for run in sums.runs(gradient, x, scratch):
+            for part in run.parts(gradient, d, scratch):
+                found = gradient.taps(scratch, run.slot, run.chunk, part, run.size)
                 for row, _, offset, lanes, taps in found:
                     for tap, value in enumerate(taps):
-                        at = _weight(conv, tap, part, row, offset)
-                        store(g, load(g, at, lanes=lanes) + value, at)
+                        at = (run.share, _weight(conv, tap, part, row, offset, run.origin))
+                        store(totals, load(totals, *at, lanes=lanes) + value, *at)
+        _add(cpu, sums, totals, g)
     return kernel.function
 
 
-def _runs(
-    gradient: _Gradient, x: Any, d: Any, scratch: Sequence[Any]
-) -> Iterator[tuple[Segment, Any]]:
-    """(runs of one length, number of a run), its examples transformed, a slot each."""
-    for runs in segments(gradient.conv.n, gradient.slots):
-        with serial(runs.count) as number:
-            with T.parallel(runs.size) as slot:
-                gradient.transform(x, d, scratch, slot, runs.at(number) + slot)
-            yield runs, number
-
-
-def _clear(cpu: Cpu, conv: Conv, g: Any) -> None:
-    for at, size in blocks(conv.weights, 64 * cpu.lanes, T.parallel):
+def _clear(cpu: Cpu, sums: Sums, totals: Any) -> None:
+    for at, size in blocks(sums.conv.weights, 64 * cpu.lanes, T.parallel):
         for offset, lanes in vectors(size, cpu.lanes):
-            store(g, splat(0.0, lanes), at + offset)
+            for e in range(sums.examples):
+                store(totals, splat(0.0, lanes), e, at + offset)
 
 
-def _weight(conv: Conv, tap: int, part: _Part, row: Any, offset: int) -> Any:
-    """Where a vector of a part stands in the flat weight."""
-    return (tap * conv.ci + part.first + part.at + row) * conv.co + part.channel + offset
+def _add(cpu: Cpu, sums: Sums, totals: Any, g: Any) -> None:
+    for at, size in blocks(sums.conv.weights, 64 * cpu.lanes, T.parallel):
+        for offset, lanes in vectors(size, cpu.lanes):
+            value = load(totals, 0, at + offset, lanes=lanes)
+            for e in range(1, sums.examples):
+                value = value + load(totals, e, at + offset, lanes=lanes)
+            store(g, value, at + offset)
+
+
+def _weight(conv: Conv, tap: int, part: _Part, row: Any, offset: int, origin: Any = 0) -> Any:
+    """Where a vector of a part stands in the flat weight, input channels counted from `origin`."""
+    channel = origin + part.first + part.at + row
+    return (tap * conv.ci + channel) * conv.co + part.channel + offset
+
+
+def _prefetch(
+    images: Any, size: tuple[int, int, int], image: Any, row: Any, column: Any, channel: Any
+) -> None:
+    """Asks for what a tile some rows of tiles further on reads for the first time.
+
+    `size` are images, rows and columns; after an image comes the next.
+    """
+    n, height, width = size
+    for k in range(4):
+        line = T.bind(T.min(image * height + 4 * (row + _AHEAD) + k, n * height - 1))
+        for j in range(4):
+            across = T.min(4 * column + j, width - 1)
+            prefetch(images, line // height, line % height, across, channel)
 
 
 # One axis, and the transforms along it
@@ -494,6 +521,9 @@ class _Product:
                 place = self._place(block * self._block + t)
                 for k, lanes in vectors(self.ci, self.cpu.lanes, unroll=1):
                     self._input(x, inputs, chunk, t, place, k, lanes)
+                    image, row, column = place
+                    size = (self.n, self.rows.size, self.columns.size)
+                    _prefetch(x, size, image, row, column, k)
             for group, channel, widths in _groups(self.cpu, self.co):
                 self._multiply(points, inputs, products, chunk, group, widths)
                 with serial(self._block) as t:
@@ -614,6 +644,20 @@ class _Product:
 
 _ROWS = 16  # input channels that are transformed at once
 _MOST = 8  # of them, those whose gradients are found at once, in vectors of 16 lanes
+_WIDEST = 32  # output channels of the widest group
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Neighbouring output channels."""
+
+    channel: Any
+    widths: tuple[int, ...]
+
+    @property
+    def wide(self) -> int:
+        """How many."""
+        return sum(self.widths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -650,7 +694,8 @@ class _Part:
 class _Gradient:
     """Weight gradients, one example after the other in a slot, parts of them in a chunk's scratch.
 
-    A part is in the domain of points only as long as it stays in cache.
+    A part is in the domain of points only as long as it stays in cache. A slot may hold but one of
+    `shares` equal shares of the input channels.
     """
 
     cpu: Cpu
@@ -658,6 +703,7 @@ class _Gradient:
     conv: Conv
     slots: int
     chunks: int
+    shares: int = 1
 
     @property
     def images(self) -> dict[str, tuple[int, ...]]:
@@ -678,14 +724,12 @@ class _Gradient:
             "products": (self.chunks, _POINTS * self._product_plane),
         }
 
-    def transform(self, x: Any, d: Any, scratch: Sequence[Any], slot: Any, i: Any) -> None:
-        """Activations and adjoints of example i to the domain of points."""
-        conv = self.conv
-        inputs, adjoints, _ = scratch
+    def inputs(self, x: Any, scratch: Sequence[Any], slot: Any, i: Any, origin: Any = 0) -> None:
+        """Activations of example i to the domain of points, channels from `origin` on."""
         rows, columns = self._axes()
-        for group in segments(conv.ci, _ROWS):
-            for (block,) in grid(group.count):
-                for t, h, ws in self._places(rows, columns):
+        for t, h, ws in self._places(rows, columns):
+            for group in segments(self.channels, _ROWS):
+                for (block,) in grid(group.count):
                     for offset, lanes in pieces(group.size, self.cpu.lanes):
                         first = group.at(block)
                         at = first * self._depth + t * group.size + offset
@@ -693,30 +737,39 @@ class _Gradient:
                         def activation(w: Any) -> Values:
                             def source(i_: int, j: int) -> Any:
                                 (r, above), (c, beside) = rows.input(h, i_), columns.input(w, j)  # noqa: B023
-                                value = load(x, i, r, c, first + offset, lanes=lanes)  # noqa: B023
+                                value = load(x, i, r, c, origin + first + offset, lanes=lanes)  # noqa: B023
                                 return _kept(value, lanes, above, beside)  # noqa: B023
 
                             return _both(_Lanes(lanes).input, 6, source)  # noqa: B023
 
                         for p, values in enumerate(zip(*map(activation, ws), strict=True)):
                             value = self.operands.across(values)
-                            store(inputs, value, slot, p * self._input_plane + at)
-        for _, channel, widths in _groups(self.cpu, conv.co):
-            for t, h, ws in self._places(rows, columns):
-                for _, offset, lanes in _offsets(widths):
-                    at = channel * self._depth + t * sum(widths) + offset
+                            store(scratch[0], value, slot, p * self._input_plane + at)
+                        size = (self.conv.n, rows.size, columns.size)
+                        for w in ws:
+                            _prefetch(x, size, i, h, w, origin + first + offset)
 
-                    def adjoint(w: Any) -> Values:
-                        def source(i_: int, j: int) -> Any:
-                            (r, above), (c, beside) = rows.output(h, i_), columns.output(w, j)  # noqa: B023
-                            value = load(d, i, r, c, channel + offset, lanes=lanes)  # noqa: B023
-                            return _kept(value, lanes, above, beside)  # noqa: B023
+    def adjoints(self, d: Any, scratch: Sequence[Any], slot: Any, i: Any, group: _Group) -> None:
+        """Adjoints of example i to the domain of points, of some channels."""
+        rows, columns = self._axes()
+        for t, h, ws in self._places(rows, columns):
+            for _, offset, lanes in _offsets(group.widths):
 
-                        return _both(_Lanes(lanes).adjoint, 4, source)  # noqa: B023
+                def adjoint(w: Any) -> Values:
+                    def source(i_: int, j: int) -> Any:
+                        (r, above), (c, beside) = rows.output(h, i_), columns.output(w, j)  # noqa: B023
+                        value = load(d, i, r, c, group.channel + offset, lanes=lanes)  # noqa: B023
+                        return _kept(value, lanes, above, beside)  # noqa: B023
 
-                    for p, values in enumerate(zip(*map(adjoint, ws), strict=True)):
-                        value = self.operands.across(values)
-                        store(adjoints, value, slot, p * self._adjoint_plane + at)
+                    return _both(_Lanes(lanes).adjoint, 4, source)  # noqa: B023
+
+                at = t * group.wide + offset
+                for p, values in enumerate(zip(*map(adjoint, ws), strict=True)):
+                    value = self.operands.across(values)
+                    store(scratch[1], value, slot, p * self._adjoint_plane + at)
+                size = (self.conv.n, rows.outputs, columns.outputs)
+                for w in ws:
+                    _prefetch(d, size, i, h, w, group.channel + offset)
 
     def _places(self, rows: _Axis, columns: _Axis) -> Iterator[tuple[Any, Any, list[Any]]]:
         """(number, row, columns) of the tiles of each element."""
@@ -727,21 +780,24 @@ class _Gradient:
                 t = h * -(-columns.tiles // each) + w // each
                 yield t, h, [w + e for e in range(group.size)]
 
-    def rows(self, channel: Any, widths: tuple[int, ...]) -> Iterator[_Part]:
-        """All parts of one group of output channels."""
-        for group, rows in self._heights():
-            for block, part in grid(group.count, rows.count):
-                yield self._part(group, rows, block, part, channel, widths)
+    def groups(self) -> Iterator[_Group]:
+        """Groups of output channels."""
+        for _, channel, widths in _groups(self.cpu, self.conv.co):
+            yield _Group(channel=channel, widths=widths)
 
-    def shares(self) -> Iterator[tuple[Any, _Part]]:
-        """(chunk, part) of all parts, dealt out to parallel chunks."""
-        for channels, widths in channel_groups(self.conv.co, self.cpu.lanes):
-            for group, rows in self._heights():
-                count = channels.count * group.count * rows.count
-                for chunk, number in _shares(count, min(self.chunks, count)):
-                    above, part = number // rows.count, number % rows.count
-                    channel, block = channels.at(above // group.count), above % group.count
-                    yield chunk, self._part(group, rows, block, part, channel, widths)
+    def parts(self, group: _Group) -> Iterator[_Part]:
+        """All parts of one group of output channels."""
+        for some in segments(self.channels, _ROWS):
+            for rows in segments(some.size, self.most):
+                for block, part in grid(some.count, rows.count):
+                    yield _Part(
+                        first=some.at(block),
+                        size=some.size,
+                        at=rows.at(part),
+                        rows=rows.size,
+                        channel=group.channel,
+                        widths=group.widths,
+                    )
 
     def taps(
         self, scratch: Sequence[Any], slot: Any, chunk: Any, part: _Part, slots: int = 1
@@ -756,7 +812,7 @@ class _Gradient:
             for *others, t in steps(*[slots] * (slots > 1), self._depth):
                 own = slot + others[0] if others else slot
                 row = part.first * self._depth + t * part.size + part.at
-                column = part.channel * self._depth + t * wide
+                column = t * wide
                 self.operands.add_outer(
                     tile,
                     [load(inputs, own, p * self._input_plane + row + r) for r in range(part.rows)],
@@ -777,29 +833,6 @@ class _Gradient:
 
                 yield row, v, offset, lanes, _both(_Lanes(lanes).gradient, 6, source)
 
-    def _heights(self) -> list[tuple[Segment, Segment]]:
-        """Groups of input channels, and the rows of parts in each."""
-        groups = segments(self.conv.ci, _ROWS)
-        return [(group, rows) for group in groups for rows in segments(group.size, self.most)]
-
-    def _part(
-        self,
-        group: Segment,
-        rows: Segment,
-        block: Any,
-        part: Any,
-        channel: Any,
-        widths: tuple[int, ...],
-    ) -> _Part:
-        return _Part(
-            first=group.at(block),
-            size=group.size,
-            at=rows.at(part),
-            rows=rows.size,
-            channel=channel,
-            widths=widths,
-        )
-
     def _axes(self) -> tuple[_Axis, _Axis]:
         conv = self.conv
         top, left = conv.padding[:2]
@@ -807,6 +840,11 @@ class _Gradient:
             _Axis(before=top, size=conv.h, outputs=conv.oh),
             _Axis(before=left, size=conv.w, outputs=conv.ow),
         )
+
+    @property
+    def channels(self) -> int:
+        """Input channels of a slot."""
+        return self.conv.ci // self.shares
 
     @property
     def most(self) -> int:
@@ -825,12 +863,108 @@ class _Gradient:
 
     @property
     def _input_plane(self) -> int:
-        return self.conv.ci * self._depth + _PAD
+        return self.channels * self._depth + _PAD
 
     @property
     def _adjoint_plane(self) -> int:
-        return self.conv.co * self._depth + _PAD
+        return self.wide * self._depth + _PAD
 
     @property
     def _product_plane(self) -> int:
         return self.most * self.wide + _PAD
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """How a sum over examples is dealt out to chunks: each has some examples and input channels.
+
+    A chunk's thread finds all that it reads often in its own cache, for it wrote that itself.
+    Channels are divided only where a sum would not fit there: each share takes all adjoints.
+    """
+
+    conv: Conv
+
+    @property
+    def channels(self) -> int:
+        """Shares of the input channels."""
+        large = 4 * self.conv.weights > _CACHE
+        return math.gcd(self.conv.ci // _ROWS, 4) if large and self.conv.ci % _ROWS == 0 else 1
+
+    @property
+    def examples(self) -> int:
+        """Shares of the examples, each with a total of its own."""
+        return min(_CHUNKS // self.channels, self.conv.n)
+
+    @property
+    def each(self) -> int:
+        """Examples of a share; some have one more."""
+        return self.conv.n // self.examples
+
+    @property
+    def together(self) -> int:
+        """Examples that are summed before they go into the total."""
+        return max(1, min(self.each, _CACHE // (4 * self._slot)))
+
+    @property
+    def scratch(self) -> int:
+        """Numbers in the scratch of all chunks."""
+        slots = self.examples * self.channels * self.together
+        return slots * self._slot + self.examples * self.conv.weights
+
+    @property
+    def _slot(self) -> int:
+        """Numbers of an example in the domain of points."""
+        wide = self.conv.ci // self.channels + min(self.conv.co, _WIDEST)
+        return _POINTS * _tiles(self.conv) * wide
+
+    def gradient(self, cpu: Cpu, operands: Operands) -> _Gradient:
+        """One that has a slot for each example of a chunk's run."""
+        chunks = self.examples * self.channels
+        return _Gradient(
+            cpu=cpu,
+            operands=operands,
+            conv=self.conv,
+            slots=chunks * self.together,
+            chunks=chunks,
+            shares=self.channels,
+        )
+
+    def runs(self, gradient: _Gradient, x: Any, scratch: Sequence[Any]) -> Iterator[_Run]:
+        """All runs of all chunks, transformed."""
+
+        def run(chunk: Any, share: Any, first: Any, size: int) -> _Run:
+            origin = chunk % self.channels * gradient.channels if self.channels > 1 else 0
+            slot = chunk * self.together
+            with serial(size) as i:
+                gradient.inputs(x, scratch, slot + i, first + i, origin)
+            return _Run(chunk=chunk, share=share, first=first, size=size, slot=slot, origin=origin)
+
+        with T.parallel(self.examples * self.channels) as chunk:
+            share = chunk // self.channels
+            for some in segments(self.each, self.together):
+                with serial(some.count) as number:
+                    yield run(chunk, share, share * self.each + some.at(number), some.size)
+        left = self.conv.n % self.examples
+        if left:
+            with T.parallel(left * self.channels) as chunk:
+                share = chunk // self.channels
+                yield run(chunk, share, self.conv.n - left + share, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Examples first … of a chunk, in its slots from `slot` on, input channels from `origin` on."""
+
+    chunk: Any
+    share: Any
+    first: Any
+    size: int
+    slot: Any
+    origin: Any
+
+    def parts(self, gradient: _Gradient, d: Any, scratch: Sequence[Any]) -> Iterator[_Part]:
+        """All parts, their adjoints transformed."""
+        for group in gradient.groups():
+            with serial(self.size) as i:
+                gradient.adjoints(d, scratch, self.slot + i, self.first + i, group)
+            yield from gradient.parts(group)
