@@ -329,10 +329,11 @@ pub fn predict(row: &[f32], weights: &[f32]) -> f32 {
     sum + weights[weights.len() - 1]
 }
 
-/// Clipped sum of the gradients of a physical batch.
+/// Clipped sum of the gradients of a physical batch; what lies between parameters stays as it is.
 fn gradient(x: &[f32], y: &[f32], mask: &[f32], clip: f32, weights: &[f32], out: &mut [f32]) {
-    out.fill(0.0);
     let features = x.len() / BATCH;
+    out[..features].fill(0.0);
+    out[weights.len() - 1] = 0.0;
     for (i, row) in x.chunks(features).enumerate() {
         let error = 1.0 / (1.0 + (-predict(row, weights)).exp()) - y[i];
         let norm = error.abs() * (row.iter().map(|x| x * x).sum::<f32>() + 1.0).sqrt();
