@@ -16,8 +16,9 @@ from myelin.cpu import Cpu, Precision
 from myelin.kernels.gram import gram_cost
 from myelin.kernels.linear import tile_shape
 from myelin.kernels.pool import Pool
+from myelin.kernels.tiles import largest_divisor
 from myelin.kernels.window import Conv
-from myelin.kernels.winograd import Sums, largest_divisor
+from myelin.kernels.winograd import Sums
 
 Algorithm = Literal["direct", "winograd", "direct bf16", "winograd bf16"]
 """How a convolution or its gradient is computed: directly or by Winograd, of which operands."""

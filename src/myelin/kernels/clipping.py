@@ -16,7 +16,7 @@ from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
 from myelin.kernels.functions import is_finite
-from myelin.kernels.tiles import widen
+from myelin.kernels.tiles import largest_divisor, widen
 from myelin.kernels.tir import (
     Kernel,
     blocks,
@@ -24,6 +24,7 @@ from myelin.kernels.tir import (
     load,
     number,
     select,
+    serial,
     splat,
     store,
     tasks,
@@ -83,35 +84,50 @@ def norm_sum(
 
 
 def weighted_sum(cpu: Cpu, n: int, m: int) -> Any:
-    """g[n, m], c[n] → out[m] = Σ_i c_i · g_i, added in float64 and rounded once."""
+    """g[n, m], c[n] → out[m] = Σ_i c_i · g_i, added in float64 and rounded once.
+
+    A small sum is dealt out by examples, as the gradients were when they were written: each thread
+    finds its own near it. Of a large one no cache holds the gradients.
+    """
+    shares = largest_divisor(n, _SHARES) if m <= _SMALL else 1
     with Kernel(g=(n, m), c=(n,), out=(m,)) as kernel:
         g, c, out = kernel.buffers
 
         def loop(extent: int) -> Any:
             return tasks(extent, 3 * n * -(-m // cpu.lanes))
 
-        for first, size in blocks(m, _columns(cpu, m), loop):
-            sums = workspace(size, dtype="float64")
+        parts = workspace(shares, m, dtype="float64")
+        with loop(shares) as share:
+            each = n // shares
+            for first, size in blocks(m, _columns(cpu, m), loop if shares == 1 else serial):
+                for at, lanes in vectors(size, cpu.lanes):
+                    store(parts, splat(T.float64(0.0), lanes), share, first + at)
+                for near, rows in blocks(each, _ROWS):
+                    start = share * each + near
+                    weights = [T.bind(load(c, start + i)) for i in range(rows)]
+                    for at, lanes in vectors(size, cpu.lanes, 2):
+                        value = load(parts, share, first + at, lanes=lanes)
+                        for i, weight in enumerate(weights):
+                            kept = select(
+                                splat(weight, lanes) != splat(0.0, lanes),
+                                load(g, start + i, first + at, lanes=lanes),
+                                splat(0.0, lanes),
+                            )
+                            factor = splat(T.Cast("float64", weight), lanes)
+                            value = value + widen(kept, lanes) * factor
+                        store(parts, value, share, first + at)
+        for first, size in blocks(m, 16 * cpu.lanes, loop):
             for at, lanes in vectors(size, cpu.lanes):
-                store(sums, splat(T.float64(0.0), lanes), at)
-            for near, rows in blocks(n, _ROWS):
-                weights = [T.bind(load(c, near + i)) for i in range(rows)]
-                for at, lanes in vectors(size, cpu.lanes, 2):
-                    value = load(sums, at, lanes=lanes)
-                    for i, weight in enumerate(weights):
-                        kept = select(
-                            splat(weight, lanes) != splat(0.0, lanes),
-                            load(g, near + i, first + at, lanes=lanes),
-                            splat(0.0, lanes),
-                        )
-                        factor = splat(T.Cast("float64", weight), lanes)
-                        value = value + widen(kept, lanes) * factor
-                    store(sums, value, at)
-            for at, lanes in vectors(size, cpu.lanes):
+                value = load(parts, 0, first + at, lanes=lanes)
+                for share in range(1, shares):
+                    value = value + load(parts, share, first + at, lanes=lanes)
                 kind = "float32" if lanes == 1 else f"float32x{lanes}"
-                store(out, T.Cast(kind, load(sums, at, lanes=lanes)), first + at)
+                store(out, T.Cast(kind, value), first + at)
     return kernel.function
 
+
+_SHARES = 8
+_SMALL = 1 << 14  # numbers of a sum whose parts leave room for gradients in the caches
 
 # Rows that one pass over a block of `weighted_sum` adds.
 _ROWS = 8

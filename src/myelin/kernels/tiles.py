@@ -33,6 +33,11 @@ def segments(extent: int, size: int) -> list[Segment]:
     return found + ([Segment(start=whole * size, count=1, size=rest)] if rest else [])
 
 
+def largest_divisor(number: int, most: int = 16) -> int:
+    """The largest divisor up to `most`: what is taken at once where nothing may be left over."""
+    return max(size for size in range(1, most + 1) if number % size == 0)
+
+
 def run_length(examples: int) -> int:
     """Examples summed before their sum goes into the total: two short chains, not one long."""
     return math.isqrt(examples)

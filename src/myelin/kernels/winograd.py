@@ -36,6 +36,7 @@ from myelin.kernels.tiles import (
     Tile,
     channel_groups,
     grid,
+    largest_divisor,
     segments,
     steps,
 )
@@ -436,11 +437,6 @@ def _shares(count: int, chunks: int) -> Iterator[tuple[Any, Any]]:
     if left:
         with T.parallel(left) as chunk:
             yield chunk, count - left + chunk
-
-
-def largest_divisor(tiles: int, most: int = 16) -> int:
-    """Tiles at once: the largest divisor of their number up to `most`."""
-    return max(size for size in range(1, most + 1) if tiles % size == 0)
 
 
 def _kept(value: Any, lanes: int, *conditions: Any) -> Any:
