@@ -139,6 +139,18 @@ def test_additions_bound_the_roundings_over_a_batch():
     assert 8 <= few < many <= 512
 
 
+@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
+def test_additions_are_those_of_the_kernel_that_sums(monkeypatch, algorithm):
+    monkeypatch.setattr(planner, "algorithm", lambda *_: algorithm)
+    net = nn.Sequential(nn.Conv2d(256, 256, 3, 1, 1, bias=False), nn.Flatten())
+    model = load(net, (256, 8, 8))
+    found = clipping.additions(model.relax(64), objective(model, stored_bytes=0))
+    conv = Conv(n=64, h=8, w=8, ci=256, co=256, kh=3, kw=3, padding=(1, 1, 1, 1))
+    assert direct.weighted_gradient_additions(conv) != winograd.weighted_gradient_additions(conv)
+    templates = {"direct": direct, "winograd": winograd}[algorithm]
+    assert found == templates.weighted_gradient_additions(conv)
+
+
 @given(st.floats(1e-12, 1.0))
 def test_bounds_written_as_integers_are_never_smaller(value):
     written = clipping.real(clipping.fixed(value))

@@ -15,10 +15,11 @@ from typing import Any, Literal
 from myelin.cpu import Cpu, Precision
 from myelin.kernels.gram import gram_cost
 from myelin.kernels.linear import tile_shape
+from myelin.kernels.operands import BF16, FLOAT32
 from myelin.kernels.pool import Pool
-from myelin.kernels.tiles import largest_divisor
+from myelin.kernels.tiles import largest_divisor, run_length
 from myelin.kernels.window import Conv
-from myelin.kernels.winograd import Sums
+from myelin.kernels.winograd import Sums, gradient_scratch
 
 Algorithm = Literal["direct", "winograd", "direct bf16", "winograd bf16"]
 """How a convolution or its gradient is computed: directly or by Winograd, of which operands."""
@@ -135,20 +136,20 @@ def backward_data(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
 
 def stored_gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     """All examples' gradients of a convolution, written for later."""
-    tiles = _tiles(conv.oh, conv.ow)
-    scratch = 4 * 36 * tiles * (conv.ci + min(conv.co, 32)) * min(conv.n, 8)
-    return _gradient(cpu, conv, algorithm, _STORED, conv.n, scratch=scratch)
+    return _gradient(cpu, conv, algorithm, _STORED, conv.n)
 
 
 def weighted_gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     """The weighted sum of all examples' gradients of a convolution."""
-    return _summed(cpu, conv, algorithm, conv.n)
+    return _gradient(cpu, conv, algorithm, _WEIGHTED, conv.n, sums=Sums(conv=conv))
 
 
 def batch_gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     """The sum of all examples' gradients of a convolution, of which none is found alone."""
     sums = Sums(conv=conv)
-    return _summed(cpu, conv, algorithm, sums.examples * -(-sums.each // sums.together))
+    chunks = sums.runs * sums.example_shares
+    runs = chunks if algorithm in WINOGRAD else -(-conv.n // run_length(conv.n))
+    return _gradient(cpu, conv, algorithm, _WEIGHTED, runs, sums=sums)
 
 
 def gram(cpu: Cpu, conv: Conv) -> Work:
@@ -167,46 +168,27 @@ def _transformed(
         algorithm,
         36 * tiles * depth * outputs * _idle(rows * min(2, outputs)),
         tiles * (_INPUT * inputs + _OUTPUT * outputs) + weight * depth * outputs,
-        scratch=4 * 36 * depth * channels,
-    )
-
-
-def _summed(cpu: Cpu, conv: Conv, algorithm: Algorithm, found: int) -> Work:
-    sums = Sums(conv=conv)
-    return _gradient(
-        cpu,
-        conv,
-        algorithm,
-        _WEIGHTED,
-        found,
-        adjoints=sums.channels,
-        scratch=4 * sums.scratch,
+        scratch=4 * 36 * depth * channels // (2 if algorithm == "winograd bf16" else 1),
     )
 
 
 def _gradient(
-    cpu: Cpu,
-    conv: Conv,
-    algorithm: Algorithm,
-    taps: int,
-    found: int,
-    *,
-    adjoints: int = 1,
-    scratch: int,
+    cpu: Cpu, conv: Conv, algorithm: Algorithm, taps: int, found: int, *, sums: Sums | None = None
 ) -> Work:
-    """`taps` instructions make a vector's nine from its points, for each of `found` gradients;
-    adjoints are transformed so many times.
-    """
+    """`taps` instructions make a vector's nine from its points, for each of `found` gradients."""
     inputs, outputs = _vectors(cpu, conv.ci), _vectors(cpu, conv.co)
     if algorithm in WINOGRAD:
         tiles = conv.n * _tiles(conv.oh, conv.ow)
+        adjoints, totals = (sums.channel_shares, sums.example_shares) if sums else (1, 0)
+        operands = BF16 if algorithm == "winograd bf16" else FLOAT32
         return _multiplied(
             conv,
             algorithm,
             36 * tiles * conv.ci * outputs * _idle(min(8, conv.ci) * min(2, outputs)),
             tiles * (_INPUT * inputs + adjoints * _ADJOINT * outputs)
-            + taps * found * conv.ci * outputs,
-            scratch=scratch,
+            + taps * found * conv.ci * outputs
+            + 2 * totals * conv.weights / cpu.lanes,
+            scratch=gradient_scratch(cpu, conv, sums=sums, operands=operands),
         )
     products = conv.n * conv.pixels * conv.taps * outputs
     return _direct(conv, algorithm, products, 4 * found * conv.taps * outputs)
@@ -217,7 +199,7 @@ def _multiplied(
 ) -> Work:
     """Products in the domain of points."""
     if algorithm == "winograd bf16":
-        return _work(conv, algorithm, dots=points / 2, steps=steps, scratch=scratch // 2)
+        return _work(conv, algorithm, dots=points / 2, steps=steps, scratch=scratch)
     return _work(conv, algorithm, points=points, steps=steps, scratch=scratch)
 
 

@@ -47,6 +47,16 @@ def prefetch_of_a_number(x, y, i):
     T.evaluate(tirx.call_intrin("void", "tirx.prefetch", i, 0, 2, 1))
 
 
+def prefetch_with_data(x, y, i):
+    hint = T.Cast("int32", load(y, i))
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", T.address_of(x[i]), 0, hint, 1))
+
+
+def prefetch_of_two(x, y, i):
+    address = tirx.call_intrin("handle", "tirx.address_of", x[i], y[i + 1])
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
+
+
 def address_taken(x, y, i):
     store(y, tirx.call_intrin("float32", "tirx.reinterpret", T.address_of(x[i])), i)
 
@@ -80,6 +90,8 @@ def bound_data(x, y, i):
         (lambda x, y, i: prefetch(x, i + 1), "x", "reaches 1 … 10"),
         (lambda x, y, i: prefetch(x, T.Cast("int32", load(x, i))), "x", "index depends on data"),
         (prefetch_of_a_number, "tirx.prefetch", "is not of an element"),
+        (prefetch_with_data, "tirx.prefetch", "is not of an element"),
+        (prefetch_of_two, "tirx.prefetch", "is not of an element"),
         (address_taken, "tirx.address_of", "call is not one that computes a value"),
         (branch_on_data, "condition", "control flow depends on data"),
         (loop_on_data, "loop", "control flow depends on data"),

@@ -20,7 +20,7 @@ SHAPES = {
     "ragged": Conv(n=2, h=9, w=11, ci=20, co=50, **SQUARE),
     "scalars": Conv(n=3, h=7, w=5, ci=1, co=1, kh=3, kw=3, padding=(0, 1, 2, 0)),
     "narrow": Conv(n=11, h=3, w=4, ci=17, co=3, kh=3, kw=3),
-    "divided": Conv(n=5, h=5, w=6, ci=192, co=160, **SQUARE),
+    "many": Conv(n=29, h=4, w=5, ci=3, co=18, **SQUARE),
 }
 every_shape = pytest.mark.parametrize("conv", SHAPES.values(), ids=SHAPES)
 
@@ -37,22 +37,61 @@ def outputs(conv, cpu, call):
 
 
 def test_sums_are_dealt_out_by_examples_and_large_ones_by_channels_too():
-    sums = {name: winograd.Sums(conv=conv) for name, conv in SHAPES.items()}
-    dealt = {name: (s.examples, s.channels, s.each) for name, s in sums.items()}
+    divided = Conv(n=5, h=5, w=6, ci=192, co=160, **SQUARE)
+    shapes = {**SHAPES, "divided": divided}
+    sums = {name: winograd.Sums(conv=conv) for name, conv in shapes.items()}
+    dealt = {name: (s.example_shares, s.channel_shares, s.each) for name, s in sums.items()}
     assert dealt["whole"] == (3, 1, 1)
     assert dealt["narrow"] == (8, 1, 1)
     assert dealt["divided"] == (2, 4, 2)
+    assert dealt["many"] == (8, 1, 3)
 
 
-@pytest.mark.parametrize("n", [1, 7, 64, 1000])
-def test_additions_are_counted_as_they_are_dealt_out(n):
+@pytest.mark.parametrize("n", [1, 7, 64, 1000, 65_536])
+def test_chains_of_additions_over_examples_are_short(n):
     """Of a run, of the runs of a share and one more example, of the shares."""
-    conv = Conv(n=n, h=8, w=8, ci=256, co=256, **SQUARE)
+    for conv in (
+        Conv(n=n, h=8, w=8, ci=256, co=256, **SQUARE),
+        Conv(n=n, h=4, w=4, ci=16, co=16, **SQUARE),
+    ):
+        sums = winograd.Sums(conv=conv)
+        shares, together = sums.example_shares, sums.together
+        sizes = [sums.each + (share < n % shares) for share in range(shares)]
+        assert sum(sizes) == n
+        longest = 1 + together + (-(-sums.each // together) + (n % shares > 0)) + shares - 1
+        assert longest <= winograd.weighted_gradient_additions(conv) <= 20 + n // 8
+
+
+@pytest.mark.parametrize(
+    ("conv", "cache", "dealt"),
+    [
+        (Conv(n=21, h=5, w=6, ci=16, co=32, **SQUARE), 4 * 36 * 4 * 48 * 2, (8, 1, 2, 2)),
+        (Conv(n=27, h=5, w=6, ci=32, co=48, **SQUARE), 4 * 36 * 4 * 48, (4, 2, 6, 1)),
+        (Conv(n=11, h=5, w=6, ci=64, co=18, **SQUARE), 4 * 36 * 4 * 34 * 2, (2, 4, 5, 2)),
+    ],
+    ids=["runs", "halves", "quarters"],
+)
+def test_sums_of_several_runs_and_shares(conv, cache, dealt, cpu, call, monkeypatch):
+    """Accurate, the same on one thread, and without what an example may not add."""
+    monkeypatch.setattr(winograd, "_CACHE", cache)
     sums = winograd.Sums(conv=conv)
-    assert sums.examples * sums.each <= n < sums.examples * (sums.each + 1)
-    runs = -(-sums.each // sums.together) + (n % sums.examples > 0)
-    counted = winograd.weighted_gradient_additions(conv)
-    assert counted >= 1 + sums.together + runs + sums.examples - 1
+    assert (sums.example_shares, sums.channel_shares, sums.each, sums.together) == dealt
+    check(conv, cpu, call)
+    xp, _, _, d = direct.arrays(conv)
+    weighted, batch = winograd.weighted_gradient(cpu, conv), winograd.batch_gradient(cpu, conv)
+    c = factors(conv)
+
+    def both():
+        first = direct.results(call, weighted, xp, d, c)
+        return [*first, *direct.results(call, batch, xp, d)]
+
+    assert_same_bits_on_one_thread(both)
+    for poisoned in (1, conv.n - 1):
+        c[poisoned] = 0
+    clean = direct.results(call, weighted, xp, d, c)[0]
+    for poisoned in (1, conv.n - 1):
+        xp[poisoned, 1:-1, 1:-1] = np.nan
+    assert direct.results(call, weighted, xp, d, c)[0].tobytes() == clean.tobytes()
 
 
 def factors(conv):

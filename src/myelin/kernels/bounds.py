@@ -1,9 +1,9 @@
 """Proves that a kernel stays inside its buffers.
 
 The C ABI passes bare pointers and checks nothing, so what `prove` accepts is what keeps the
-enclave's memory apart: every load and store, vectors included, has indices that depend on loop
-variables only and lie in the buffer's shape for all their values. Control flow must not depend on
-data either. Anything that is not understood is refused.
+enclave's memory apart: every load, store and prefetch, vectors included, has indices that depend on
+loop variables only and lie in the buffer's shape for all their values. Control flow must not depend
+on data either. Anything that is not understood is refused.
 
 The words of `myelin.kernels.bf16` are accepted in LLVM's language, these very bytes: they compute
 values from values. The proof is about TIR as the template wrote it; that TVM and LLVM compile it
@@ -164,12 +164,12 @@ class _Proof:
 
     def _prefetch(self, node: Any) -> None:
         """A prefetch is of an element that could be read."""
-        address, *hints = node.args
-        element = address.args[0] if getattr(address, "op", None) == _ADDRESS_OF else None
-        if not isinstance(element, TensorLoad):
-            raise self._refusal("tirx.prefetch", address, "is not of an element")
-        for part in (element, *hints):
-            self.expression(part)
+        address, *hints = list(node.args) or [None]
+        taken = list(address.args) if getattr(address, "op", None) == _ADDRESS_OF else []
+        known = len(hints) == 3 and all(isinstance(hint, tirx.IntImm) for hint in hints)
+        if not known or len(taken) != 1 or not isinstance(taken[0], TensorLoad):
+            raise self._refusal("tirx.prefetch", node, "is not of an element")
+        self.expression(taken[0])
 
     def _access(self, buffer: Any, indices: Any, lanes: int) -> None:
         shape = self._shape(buffer)

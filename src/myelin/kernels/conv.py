@@ -137,7 +137,7 @@ def forward(cpu: Cpu, conv: Conv, *, bias: bool, finish: Epilogue = PLAIN) -> An
                             tile.set(row, vector, load(b[0], co + offset, lanes=lanes))
                     # Of one channel, pixels see the same numbers at taps a stride apart: LLVM would
                     # keep them from tap to tap, on the stack.
-                    unroll = 4 if conv.ci > 1 else min(4, sw)
+                    unroll = 4 if conv.ci > 1 else min(4, sw if conv.kw > 1 else sh)
                     for kh, kw, ci in steps(conv.kh, conv.kw, conv.ci, unroll=unroll):
                         tile.add_outer(
                             [load(xp, i, h * sh + kh, v * sw + kw, ci) for h, v in pixels],
@@ -152,8 +152,8 @@ def backward_data(cpu: Cpu, conv: Conv, *, finish: Epilogue = PLAIN) -> Any:
     """d[n,oh,ow,co], w[kh,kw,ci,co], others, scratch → dx[n,h,w,ci], finished.
 
     Inputs whose padded position is r modulo the stride meet only the taps r, r + stride, …: for
-    each such phase, dx is a dense convolution of d within a zero border. Scratch holds that
-    bordered d, then the weights turned around and with their channels swapped, [kh,kw,co,ci].
+    each part of such a phase, dx is a dense convolution of d within a zero border. Scratch holds
+    that bordered d, then the weights turned around and with their channels swapped, [kh,kw,co,ci].
     """
     rows, columns = axes(conv)
     bordered = conv.n * rows.length * columns.length * conv.co
@@ -420,7 +420,7 @@ class _Axis:
         return sum(self.border)
 
     def phases(self) -> Iterator[_Phase]:
-        """The phases that have a position in the image."""
+        """The phases that have a position in the image, in parts."""
         for remainder in range(self.stride):
             first = max(0, -((remainder - self.before) // self.stride))
             end = (self.size - 1 + self.before - remainder) // self.stride + 1
@@ -431,7 +431,7 @@ class _Axis:
                     remainder=remainder,
                     first=first,
                     size=end - first,
-                    of=taps,
+                    whole=taps,
                     taps=range(taps),
                 ).parts()
 
@@ -440,14 +440,14 @@ class _Axis:
 class _Phase:
     """Positions remainder + stride · (first, first + 1, …) of one axis of the padded input.
 
-    `taps` are those of the phase's `of` taps that these positions need.
+    `taps` are those of the phase's `whole` taps that these positions need.
     """
 
     axis: _Axis
     remainder: int
     first: int
     size: int
-    of: int
+    whole: int
     taps: range
 
     def parts(self) -> Iterator[_Phase]:
@@ -455,7 +455,8 @@ class _Phase:
         positions = range(self.first, self.first + self.size)
         parts = [(met, len(list(group))) for met, group in groupby(positions, key=self._met)]
         needed = sum(len(met) * size for met, size in parts)
-        if len(parts) > _MOST_PARTS or needed > _WORTH * self.of * self.size:
+        many = self.axis.stride > 2 or len(parts) > _MOST_PARTS
+        if many or needed > _WORTH * self.whole * self.size:
             yield self
             return
         first = self.first
@@ -470,7 +471,7 @@ class _Phase:
 
     def source(self, number: Any) -> Any:
         """Which row of the bordered adjoint meets position `number` at tap 0."""
-        return self.first + number + self.axis.border[0] - (self.of - 1) + self.taps.start
+        return self.first + number + self.axis.border[0] - (self.whole - 1) + self.taps.start
 
     def target(self, number: Any) -> Any:
         """Which row of the input position `number` is."""
@@ -478,11 +479,11 @@ class _Phase:
 
     def _met(self, position: int) -> range:
         """The taps of a position that meet the adjoint, not its border."""
-        first = self.of - 1 - position
-        return range(max(0, first), max(0, first, min(self.of, first + self.axis.border[1])))
+        first = self.whole - 1 - position
+        return range(max(0, first), max(0, first, min(self.whole, first + self.axis.border[1])))
 
 
-_MOST_PARTS = 3  # each is compiled on its own
+_MOST_PARTS = 3  # each is compiled on its own, for each phase of both axes
 _WORTH = 0.9  # of a phase's multiplications
 
 

@@ -101,13 +101,13 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
         strips = -(-k // wide)
         kept = workspace(strips, m, wide)
         panels = _Panels(cpu, k, n, m)
-        work = m * (strips + panels.count * len(panels.vectors))
         # By strips, as tiles are dealt out below: what a thread packs, it needs itself.
-        with tasks(strips, work) as strip, serial(m) as i:
+        with tasks(strips, m * strips) as strip, serial(m) as i:
             for at, lanes in pieces(wide, cpu.lanes):
                 column = tile_start(strip, wide, k) + at
                 counted = if_counted(load(c, i), load(x, i, column, lanes=lanes), lanes)
                 store(kept, counted, strip, i, at)
+        work = m * panels.count * len(panels.vectors)
         for first, size in blocks(m, _PACKED, lambda extent: tasks(extent, work)):
             with serial(panels.count) as panel, serial(size) as i:
                 weight = load(c, first + i)
@@ -222,7 +222,7 @@ def _product(
     `extents` are (rows, columns, depth). `left` is asked for row `r` of tile `tile`, which starts
     at `row`, at a depth. `right` is asked for a vector of a panel, which starts at `column`, at a
     depth and an offset. With `chain`, no accumulator adds more than that many products before it
-    goes into a total.
+    goes into a total. Tasks go panel by panel, or tile by tile of rows.
     """
     rows, columns, depth = extents
     tile_rows, width = tile_shape(cpu, rows, columns)
@@ -231,9 +231,10 @@ def _product(
     chain = min(chain or depth, depth)
 
     with tasks(panels * row_tiles, rows * panels * len(vectors_wide) * depth) as task:
-        panel, tile = task // row_tiles, task % row_tiles
         if by_rows:
             tile, panel = task // panels, task % panels
+        else:
+            panel, tile = task // row_tiles, task % row_tiles
         column, row = tile_start(panel, width, columns), tile_start(tile, tile_rows, rows)
         sums = [local(width) for _ in range(tile_rows)]
         totals = [local(width) for _ in range(tile_rows)] if chain < depth else sums

@@ -37,6 +37,7 @@ from myelin.kernels.tiles import (
     channel_groups,
     grid,
     largest_divisor,
+    run_length,
     segments,
     steps,
 )
@@ -161,12 +162,11 @@ def stored_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> An
 
     s_i = ‖g_i‖² of the very numbers that are stored.
     """
-    chunks = min(conv.n, _CHUNKS)
-    gradient = _Gradient(cpu=cpu, operands=operands, conv=conv, slots=chunks, chunks=chunks)
+    gradient = _each(cpu, conv, operands)
     results = {"g": (conv.n, conv.weights), "s": (conv.n,)}
     with Kernel(**gradient.images, **gradient.scratch, **results) as kernel, operands.scope():
         x, d, *scratch, g, s = kernel.buffers
-        for chunk, i in _shares(conv.n, chunks):
+        for chunk, i in _shares(conv.n, gradient.chunks):
             gradient.inputs(x, scratch, chunk, i)
             norm = SquaredNorm()
             for group in gradient.groups():
@@ -194,13 +194,13 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
         "c": (conv.n,),
         **gradient.scratch,
         "sums": (gradient.chunks, 9 * gradient.most * gradient.wide),
-        "totals": (sums.examples, conv.weights),
+        "totals": (sums.example_shares, conv.weights),
         "g": (conv.weights,),
     }
     with Kernel(**gradient.images, **own) as kernel:
         x, d, c, *scratch, part_sums, totals, g = kernel.buffers
         _clear(cpu, sums, totals)
-        for run in sums.runs(gradient, x, scratch):
+        for run in sums.transformed(gradient, x, scratch):
             for part in run.parts(gradient, d, scratch):
                 for row, tap, offset, lanes in part.cells():
                     store(part_sums, splat(0.0, lanes), run.chunk, part.place(tap, row, offset))
@@ -224,7 +224,24 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
 def weighted_gradient_additions(conv: Conv) -> int:
     """Longest chain of float32 operations on a sum over the examples in `weighted_gradient`."""
     sums = Sums(conv=conv)
-    return sums.together + -(-sums.each // sums.together) + 2 + sums.examples
+    return 1 + sums.together + sums.runs + sums.example_shares
+
+
+def gradient_scratch(
+    cpu: Cpu, conv: Conv, *, sums: Sums | None = None, operands: Operands = FLOAT32
+) -> int:
+    """Bytes that a gradient keeps besides its arguments: of each example, or of `sums`."""
+    gradient = sums.gradient(cpu, operands) if sums else _each(cpu, conv, operands)
+    kept = gradient.scratch.values()
+    shapes = [shape[0] if isinstance(shape[0], tuple) else shape for shape in kept]
+    totals = sums.example_shares * conv.weights if sums else 0
+    return 4 * (sum(math.prod(shape) for shape in shapes) + totals)
+
+
+def _each(cpu: Cpu, conv: Conv, operands: Operands) -> _Gradient:
+    """One for each example."""
+    chunks = min(conv.n, _CHUNKS)
+    return _Gradient(cpu=cpu, operands=operands, conv=conv, slots=chunks, chunks=chunks)
 
 
 def batch_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> Any:
@@ -237,13 +254,13 @@ def batch_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> Any
     gradient = sums.gradient(cpu, operands)
     own = {
         **gradient.scratch,
-        "totals": (sums.examples, conv.weights),
+        "totals": (sums.example_shares, conv.weights),
         "g": (conv.weights,),
     }
     with Kernel(**gradient.images, **own) as kernel, operands.scope():
         x, d, *scratch, totals, g = kernel.buffers
         _clear(cpu, sums, totals)
-        for run in sums.runs(gradient, x, scratch):
+        for run in sums.transformed(gradient, x, scratch):
             for part in run.parts(gradient, d, scratch):
                 found = gradient.taps(scratch, run.slot, run.chunk, part, run.size)
                 for row, _, offset, lanes, taps in found:
@@ -257,7 +274,7 @@ def batch_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> Any
 def _clear(cpu: Cpu, sums: Sums, totals: Any) -> None:
     for at, size in blocks(sums.conv.weights, 64 * cpu.lanes, T.parallel):
         for offset, lanes in vectors(size, cpu.lanes):
-            for e in range(sums.examples):
+            for e in range(sums.example_shares):
                 store(totals, splat(0.0, lanes), e, at + offset)
 
 
@@ -265,7 +282,7 @@ def _add(cpu: Cpu, sums: Sums, totals: Any, g: Any) -> None:
     for at, size in blocks(sums.conv.weights, 64 * cpu.lanes, T.parallel):
         for offset, lanes in vectors(size, cpu.lanes):
             value = load(totals, 0, at + offset, lanes=lanes)
-            for e in range(1, sums.examples):
+            for e in range(1, sums.example_shares):
                 value = value + load(totals, e, at + offset, lanes=lanes)
             store(g, value, at + offset)
 
@@ -273,22 +290,22 @@ def _add(cpu: Cpu, sums: Sums, totals: Any, g: Any) -> None:
 def _weight(conv: Conv, tap: int, part: _Part, row: Any, offset: int, origin: Any = 0) -> Any:
     """Where a vector of a part stands in the flat weight, input channels counted from `origin`."""
     channel = origin + part.first + part.at + row
-    return (tap * conv.ci + channel) * conv.co + part.channel + offset
+    return (tap * conv.ci + channel) * conv.co + part.group.channel + offset
 
 
-def _prefetch(
-    images: Any, size: tuple[int, int, int], image: Any, row: Any, column: Any, channel: Any
+def _ask_ahead(
+    images: Any, size: tuple[int, int, int], image: Any, tile: Any, across: Any, channel: Any
 ) -> None:
-    """Asks for what a tile some rows of tiles further on reads for the first time.
+    """Asks for what a tile some rows of tiles below (tile, across) is the first to read.
 
     `size` are images, rows and columns; after an image comes the next.
     """
     n, height, width = size
     for k in range(4):
-        line = T.bind(T.min(image * height + 4 * (row + _AHEAD) + k, n * height - 1))
+        line = T.bind(T.min(image * height + 4 * (tile + _AHEAD) + k, n * height - 1))
         for j in range(4):
-            across = T.min(4 * column + j, width - 1)
-            prefetch(images, line // height, line % height, across, channel)
+            column = T.min(4 * across + j, width - 1)
+            prefetch(images, line // height, line % height, column, channel)
 
 
 # One axis, and the transforms along it
@@ -519,7 +536,7 @@ class _Product:
                     self._input(x, inputs, chunk, t, place, k, lanes)
                     image, row, column = place
                     size = (self.n, self.rows.size, self.columns.size)
-                    _prefetch(x, size, image, row, column, k)
+                    _ask_ahead(x, size, image, row, column, k)
             for group, channel, widths in _groups(self.cpu, self.co):
                 self._multiply(points, inputs, products, chunk, group, widths)
                 with serial(self._block) as t:
@@ -667,23 +684,17 @@ class _Part:
     size: int
     at: Any
     rows: int
-    channel: Any
-    widths: tuple[int, ...]
-
-    @property
-    def wide(self) -> int:
-        """Output channels."""
-        return sum(self.widths)
+    group: _Group
 
     def cells(self) -> Iterator[tuple[Any, int, int, int]]:
         """(row, tap, offset, lanes) of every vector of its gradient."""
         for (row,) in grid(self.rows):
-            for tap, (_, offset, lanes) in product(range(9), _offsets(self.widths)):
+            for tap, (_, offset, lanes) in product(range(9), _offsets(self.group.widths)):
                 yield row, tap, offset, lanes
 
     def place(self, tap: int, row: Any, offset: int) -> Any:
         """Where such a vector stands in an array of its own."""
-        return (tap * self.rows + row) * self.wide + offset
+        return (tap * self.rows + row) * self.group.wide + offset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -712,7 +723,9 @@ class _Gradient:
 
     @property
     def scratch(self) -> dict[str, Any]:
-        """Each slot's activations and adjoints, and each chunk's part of a gradient."""
+        """Each slot's activations and the adjoints of one group, and each chunk's part of a
+        gradient.
+        """
         dtype = self.operands.dtype
         return {
             "inputs": ((self.slots, _POINTS * self._input_plane), dtype),
@@ -743,7 +756,7 @@ class _Gradient:
                             store(scratch[0], value, slot, p * self._input_plane + at)
                         size = (self.conv.n, rows.size, columns.size)
                         for w in ws:
-                            _prefetch(x, size, i, h, w, origin + first + offset)
+                            _ask_ahead(x, size, i, h, w, origin + first + offset)
 
     def adjoints(self, d: Any, scratch: Sequence[Any], slot: Any, i: Any, group: _Group) -> None:
         """Adjoints of example i to the domain of points, of some channels."""
@@ -765,7 +778,7 @@ class _Gradient:
                     store(scratch[1], value, slot, p * self._adjoint_plane + at)
                 size = (self.conv.n, rows.outputs, columns.outputs)
                 for w in ws:
-                    _prefetch(d, size, i, h, w, group.channel + offset)
+                    _ask_ahead(d, size, i, h, w, group.channel + offset)
 
     def _places(self, rows: _Axis, columns: _Axis) -> Iterator[tuple[Any, Any, list[Any]]]:
         """(number, row, columns) of the tiles of each element."""
@@ -791,8 +804,7 @@ class _Gradient:
                         size=some.size,
                         at=rows.at(part),
                         rows=rows.size,
-                        channel=group.channel,
-                        widths=group.widths,
+                        group=group,
                     )
 
     def taps(
@@ -802,9 +814,9 @@ class _Gradient:
         of the sum of several slots'.
         """
         inputs, adjoints, products = scratch
-        wide = part.wide
+        wide = part.group.wide
         for (p,) in grid(_POINTS):
-            tile = Tile(part.rows, part.widths)
+            tile = Tile(part.rows, part.group.widths)
             for *others, t in steps(*[slots] * (slots > 1), self._depth):
                 own = slot + others[0] if others else slot
                 row = part.first * self._depth + t * part.size + part.at
@@ -820,7 +832,7 @@ class _Gradient:
             for r, v, offset, _ in tile.cells():
                 store(products, tile.get(r, v), chunk, p * self._product_plane + r * wide + offset)
         with serial(part.rows) as row:
-            for v, offset, lanes in _offsets(part.widths):
+            for v, offset, lanes in _offsets(part.group.widths):
                 at = row * wide + offset
 
                 def source(i: int, j: int) -> Any:
@@ -881,69 +893,64 @@ class Sums:
     conv: Conv
 
     @property
-    def channels(self) -> int:
+    def channel_shares(self) -> int:
         """Shares of the input channels."""
         large = 4 * self.conv.weights > _CACHE
         return math.gcd(self.conv.ci // _ROWS, 4) if large and self.conv.ci % _ROWS == 0 else 1
 
     @property
-    def examples(self) -> int:
+    def example_shares(self) -> int:
         """Shares of the examples, each with a total of its own."""
-        return min(_CHUNKS // self.channels, self.conv.n)
+        return min(_CHUNKS // self.channel_shares, self.conv.n)
 
     @property
     def each(self) -> int:
         """Examples of a share; some have one more."""
-        return self.conv.n // self.examples
+        return self.conv.n // self.example_shares
 
     @property
     def together(self) -> int:
-        """Examples that are summed before they go into the total."""
-        return max(1, min(self.each, _CACHE // (4 * self._slot)))
+        """Examples that are summed before they go into the total: short chains of additions."""
+        wide = self.conv.ci // self.channel_shares + min(self.conv.co, _WIDEST)
+        fitting = _CACHE // (4 * _POINTS * _tiles(self.conv) * wide)
+        return max(1, min(self.each, max(_CHUNKS, run_length(self.each)), fitting))
 
     @property
-    def scratch(self) -> int:
-        """Numbers in the scratch of all chunks."""
-        slots = self.examples * self.channels * self.together
-        return slots * self._slot + self.examples * self.conv.weights
-
-    @property
-    def _slot(self) -> int:
-        """Numbers of an example in the domain of points."""
-        wide = self.conv.ci // self.channels + min(self.conv.co, _WIDEST)
-        return _POINTS * _tiles(self.conv) * wide
+    def runs(self) -> int:
+        """Of a share, those of a share with one more example too."""
+        return -(-self.each // self.together) + (self.conv.n % self.example_shares > 0)
 
     def gradient(self, cpu: Cpu, operands: Operands) -> _Gradient:
         """One that has a slot for each example of a chunk's run."""
-        chunks = self.examples * self.channels
+        chunks = self.example_shares * self.channel_shares
         return _Gradient(
             cpu=cpu,
             operands=operands,
             conv=self.conv,
             slots=chunks * self.together,
             chunks=chunks,
-            shares=self.channels,
+            shares=self.channel_shares,
         )
 
-    def runs(self, gradient: _Gradient, x: Any, scratch: Sequence[Any]) -> Iterator[_Run]:
+    def transformed(self, gradient: _Gradient, x: Any, scratch: Sequence[Any]) -> Iterator[_Run]:
         """All runs of all chunks, transformed."""
 
         def run(chunk: Any, share: Any, first: Any, size: int) -> _Run:
-            origin = chunk % self.channels * gradient.channels if self.channels > 1 else 0
+            origin = chunk % self.channel_shares * gradient.channels
             slot = chunk * self.together
             with serial(size) as i:
                 gradient.inputs(x, scratch, slot + i, first + i, origin)
             return _Run(chunk=chunk, share=share, first=first, size=size, slot=slot, origin=origin)
 
-        with T.parallel(self.examples * self.channels) as chunk:
-            share = chunk // self.channels
+        with T.parallel(self.example_shares * self.channel_shares) as chunk:
+            share = chunk // self.channel_shares
             for some in segments(self.each, self.together):
                 with serial(some.count) as number:
                     yield run(chunk, share, share * self.each + some.at(number), some.size)
-        left = self.conv.n % self.examples
+        left = self.conv.n % self.example_shares
         if left:
-            with T.parallel(left * self.channels) as chunk:
-                share = chunk // self.channels
+            with T.parallel(left * self.channel_shares) as chunk:
+                share = chunk // self.channel_shares
                 yield run(chunk, share, self.conv.n - left + share, 1)
 
 
