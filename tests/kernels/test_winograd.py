@@ -1,4 +1,5 @@
 import itertools
+import math
 from typing import get_args
 
 import numpy as np
@@ -8,9 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from templates import assert_runtime_suffices, assert_same_bits_on_one_thread, assert_stored_norms
 
+from myelin.cpu import Cpu
 from myelin.kernels import winograd
 from myelin.kernels.conv import Conv
 from myelin.kernels.object import workspace_bytes
+from myelin.kernels.operands import BF16, FLOAT32
 from myelin.kernels.tir import gamma
 from myelin.kernels.window import Product
 
@@ -244,3 +247,18 @@ def test_the_object_needs_nothing_that_the_runtime_lacks(cpu):
     }
     assert_runtime_suffices(templates, cpu)
     assert workspace_bytes(templates, cpu) == 0
+
+
+@pytest.mark.parametrize("operands", [FLOAT32, BF16], ids=["float32", "bf16"])
+def test_scratch_is_counted_as_kernels_keep_it(operands):
+    cpu = Cpu.named("znver4")
+    for conv in (SHAPES["whole"], Conv(n=9, h=5, w=9, ci=192, co=160, **SQUARE)):
+        sums = winograd.Sums(conv=conv)
+        for kernel, dealt in (
+            (winograd.stored_gradient(cpu, conv, operands=operands), None),
+            (winograd.batch_gradient(cpu, conv, operands=operands), sums),
+        ):
+            sizes = {p.name: math.prod(int(d) for d in p.ty.shape) for p in kernel.params}
+            kept = sum(4 * sizes[name] for name in sizes.keys() - {"x", "d", "g", "s"})
+            counted = winograd.gradient_scratch(cpu, conv, sums=dealt, operands=operands)
+            assert kept == counted > 0
