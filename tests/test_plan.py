@@ -548,6 +548,16 @@ def test_memory_is_shared_only_by_buffers_that_never_live_together(data):
             together = lives[id(a)][0] <= lives[id(b)][1] and lives[id(b)][0] <= lives[id(a)][1]
             apart = a.offset + a.bytes <= b.offset or b.offset + b.bytes <= a.offset
             assert a is b or not together or apart
+            middles = abs((a.offset + a.bytes // 2) - (b.offset + b.bytes // 2))
+            assert apart or middles < 64
+
+
+def test_memory_is_no_more_than_what_must_live_together():
+    large, small, other, last = (Buffer(bytes=size) for size in (1000, 100, 200, 64))
+    steps = [("k", (large,)), ("k", (small, other)), ("k", (other, last))]
+    assert allocate(steps, 64) == 64 + 1024 + 128
+    assert (large.offset, other.offset) == (64, 64 + 384)
+    assert small.offset == last.offset == 64 + 1024
 
 
 def test_a_description_names_every_byte(mixed):
