@@ -261,11 +261,10 @@ class Lowering:
         inputs: Sequence[Value | Activations],
         *,
         work: Work,
-        finishes: bool = True,
     ) -> None:
         """Record a product, for the sum with its bias as well where its kernel adds that.
 
-        `build` takes an `Epilogue`; any but `PLAIN` only where it `finishes`.
+        `build` takes an `Epilogue`.
         """
         target = self._biased[var][0] if var in self._biased else var
         self.values[target] = self.values[var] = Pending(
@@ -277,7 +276,7 @@ class Lowering:
             work=work,
         )
         reader = self._reader(target)
-        if not finishes or reader is None or _is_bool(reader):
+        if reader is None or _is_bool(reader):
             self.values[var] = self.value(target)
 
     def temporary(self, stored: Shape) -> Value:

@@ -177,7 +177,6 @@ def _pool_adjoint(low: Lowering, var: Any, call: Any) -> None:
         lambda finish: template(low.cpu, window, finish=finish),
         inputs,
         work=cost.pooling(low.cpu, window, backward=largest),
-        finishes=window.tiled,
     )
 
 

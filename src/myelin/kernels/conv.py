@@ -52,11 +52,24 @@ from myelin.kernels.tiles import (
     Tile,
     channel_groups,
     grid,
+    largest_divisor,
     run_length,
     segments,
     steps,
 )
-from myelin.kernels.tir import Kernel, gamma, load, select, serial, splat, store, vectors
+from myelin.kernels.tir import (
+    Kernel,
+    blocks,
+    gamma,
+    load,
+    pieces,
+    select,
+    serial,
+    splat,
+    store,
+    tasks,
+    vectors,
+)
 from myelin.kernels.window import Conv, Product
 
 __all__ = [
@@ -287,25 +300,47 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
 
 
 def batch_gradient(cpu: Cpu, conv: Conv) -> Any:
-    """xp[n,hp,wp,ci], d[n,oh,ow,co] → g[kh,kw,ci,co] = Σ_i g_i, for training without privacy.
+    """xp[n,hp,wp,ci], d[n,oh,ow,co], scratch → g[kh,kw,ci,co] = Σ_i g_i, for training without
+    privacy.
 
-    Examples and pixels are one sum, so nothing bounds what an example adds to its rounding.
+    Examples and pixels are one sum, so nothing bounds what an example adds to its rounding. Each
+    task sums examples of its own, those that its thread wrote.
     """
-    with Kernel(xp=_padded(conv), d=_output(conv), g=(conv.weights,)) as kernel:
-        xp, d, g = kernel.buffers
-        for kh, co, widths, kws, cis in _gradient_tasks(cpu, conv):
-            for at, lanes in _weight_vectors(conv, kh, co, widths, kws, cis):
-                store(g, splat(0.0, lanes), at)
-            for runs in segments(conv.n, run_length(conv.n)):
+    shares = largest_divisor(conv.n, _SHARES)
+    each = conv.n // shares
+    shapes = {"scratch": (shares, conv.weights), "g": (conv.weights,)}
+    with Kernel(xp=_padded(conv), d=_output(conv), **shapes) as kernel:
+        xp, d, parts, g = kernel.buffers
+        with T.parallel(shares) as share:
+            for at, lanes in vectors(conv.weights, cpu.lanes):
+                store(parts, splat(0.0, lanes), share, at)
+            for runs in segments(each, run_length(each)):
                 with serial(runs.count) as run:
-                    for kw, ci, taps in tap_tiles(kws, cis):
-                        own = (kh, kw, ci, co)
-                        tile = _correlate(conv, xp, d, runs.at(run), own, taps, widths, runs.size)
-                        for row, vector, offset, lanes in tile.cells():
-                            v, c = taps[row]
-                            at = flat(conv, kh, kw + v, ci + c, co + offset)
-                            store(g, load(g, at, lanes=lanes) + tile.get(row, vector), at)
+                    first = share * each + runs.at(run)
+                    for co, widths in _channels(cpu, conv.co):
+                        kws, cis = tap_segments(cpu, conv, len(widths))
+                        with serial(conv.kh) as kh:
+                            for kw, ci, taps in tap_tiles(kws, cis):
+                                own = (kh, kw, ci, co)
+                                tile = _correlate(conv, xp, d, first, own, taps, widths, runs.size)
+                                for row, vector, offset, lanes in tile.cells():
+                                    v, c = taps[row]
+                                    at = flat(conv, kh, kw + v, ci + c, co + offset)
+                                    more = tile.get(row, vector)
+                                    store(
+                                        parts, load(parts, share, at, lanes=lanes) + more, share, at
+                                    )
+        loop = lambda extent: tasks(extent, shares * conv.weights // cpu.lanes)  # noqa: E731
+        for first, size in blocks(conv.weights, 4 * cpu.lanes, loop):
+            for at, lanes in pieces(size, cpu.lanes):
+                value = load(parts, 0, first + at, lanes=lanes)
+                for share in range(1, shares):
+                    value = value + load(parts, share, first + at, lanes=lanes)
+                store(g, value, first + at)
     return kernel.function
+
+
+_SHARES = 8
 
 
 # Shapes and loops
@@ -547,8 +582,8 @@ def _gradient_tasks(
                 (channels.count, conv.kh, k.count if k else 1, c.count if c else 1)
                 for k, c in split
             ]
-            tasks = sum(math.prod(each) for each in counts)
-            if tasks >= 7 or (tasks >= 4 and tasks % 2 == 0):
+            number = sum(math.prod(each) for each in counts)
+            if number >= 7 or (number >= 4 and number % 2 == 0):
                 break
         for (k, c), extents in zip(split, counts, strict=True):
             with T.parallel(math.prod(extents)) as task:

@@ -5,7 +5,7 @@
     average_forward(cpu, pool)   x → y
     average_backward(cpu, pool)  d, others → dx
 
-Others are those of an `Epilogue`, which only windows that tile the image can have.
+Others are those of an `Epilogue`.
 
 Global pooling is a window of the whole image. Padding is never a maximum and counts as zeros of an
 average, or not at all without `count_padding`.
@@ -14,7 +14,8 @@ average, or not at all without `count_padding`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, product
 from typing import Any
@@ -46,9 +47,10 @@ def max_forward(cpu: Cpu, pool: Pool) -> Any:
     """x[n,h,w,c] → y[n,oh,ow,c], the largest number of each window; NaN where it holds one."""
     with Kernel(x=_input(pool), y=_output(pool)) as kernel:
         x, y = kernel.buffers
-        for i, view in _views(pool):
-            for c, lanes in vectors(pool.c, cpu.lanes):
-                store(y, _largest(x, i, view, c, lanes), i, view.row, view.column, c)
+        with _examples(pool) as i:
+            for view in _views(pool):
+                for c, lanes in vectors(pool.c, cpu.lanes):
+                    store(y, _largest(x, i, view, c, lanes), i, view.row, view.column, c)
     return kernel.function
 
 
@@ -59,17 +61,17 @@ def max_backward(cpu: Cpu, pool: Pool, *, finish: Epilogue = PLAIN) -> Any:
     shapes = {"x": _input(pool), "y": _output(pool), "d": _output(pool)}
     with Kernel(**shapes, **finish.parameters(_input(pool)), dx=_input(pool)) as kernel:
         x, y, d, *others, dx = kernel.buffers
-        add = _adding(cpu, pool, dx, finish, others)
-        for i, view in _views(pool):
-            for c, lanes in vectors(pool.c, cpu.lanes):
-                largest = T.bind(bits(load(y, i, view.row, view.column, c, lanes=lanes)))
-                left = local(lanes)
-                store(left, load(d, i, view.row, view.column, c, lanes=lanes), 0)
-                for h, w in view.taps():
-                    here = bits(load(x, i, h, w, c, lanes=lanes)) == largest
-                    adjoint = T.bind(load(left, 0, lanes=lanes))
-                    store(left, select(here, splat(0.0, lanes), adjoint), 0)
-                    add(select(here, adjoint, splat(0.0, lanes)), lanes, i, h, w, c)
+        with _examples(pool) as i, _sums(cpu, pool, dx, i, finish.into(dx, others)) as add:
+            for view in _views(pool):
+                for c, lanes in vectors(pool.c, cpu.lanes):
+                    largest = T.bind(bits(load(y, i, view.row, view.column, c, lanes=lanes)))
+                    left = local(lanes)
+                    store(left, load(d, i, view.row, view.column, c, lanes=lanes), 0)
+                    for h, w in view.taps():
+                        here = bits(load(x, i, h, w, c, lanes=lanes)) == largest
+                        adjoint = T.bind(load(left, 0, lanes=lanes))
+                        store(left, select(here, splat(0.0, lanes), adjoint), 0)
+                        add(select(here, adjoint, splat(0.0, lanes)), lanes, h, w, c)
     return kernel.function
 
 
@@ -77,14 +79,16 @@ def average_forward(cpu: Cpu, pool: Pool) -> Any:
     """x[n,h,w,c] → y[n,oh,ow,c], the mean of each window."""
     with Kernel(x=_input(pool), y=_output(pool)) as kernel:
         x, y = kernel.buffers
-        for i, view in _views(pool):
-            for c, lanes in vectors(pool.c, cpu.lanes):
-                total = local(lanes)
-                store(total, splat(0.0, lanes), 0)
-                for h, w in view.taps():
-                    store(total, load(total, 0, lanes=lanes) + load(x, i, h, w, c, lanes=lanes), 0)
-                mean = load(total, 0, lanes=lanes) / splat(float(view.counted), lanes)
-                store(y, mean, i, view.row, view.column, c)
+        with _examples(pool) as i:
+            for view in _views(pool):
+                for c, lanes in vectors(pool.c, cpu.lanes):
+                    total = local(lanes)
+                    store(total, splat(0.0, lanes), 0)
+                    for h, w in view.taps():
+                        value = load(x, i, h, w, c, lanes=lanes)
+                        store(total, load(total, 0, lanes=lanes) + value, 0)
+                    mean = load(total, 0, lanes=lanes) / splat(float(view.counted), lanes)
+                    store(y, mean, i, view.row, view.column, c)
     return kernel.function
 
 
@@ -95,13 +99,13 @@ def average_backward(cpu: Cpu, pool: Pool, *, finish: Epilogue = PLAIN) -> Any:
     shapes = {"d": _output(pool), **finish.parameters(_input(pool))}
     with Kernel(**shapes, dx=_input(pool)) as kernel:
         d, *others, dx = kernel.buffers
-        add = _adding(cpu, pool, dx, finish, others)
-        for i, view in _views(pool):
-            for c, lanes in vectors(pool.c, cpu.lanes):
-                adjoint = load(d, i, view.row, view.column, c, lanes=lanes)
-                part = T.bind(adjoint / splat(float(view.counted), lanes))
-                for h, w in view.taps():
-                    add(part, lanes, i, h, w, c)
+        with _examples(pool) as i, _sums(cpu, pool, dx, i, finish.into(dx, others)) as add:
+            for view in _views(pool):
+                for c, lanes in vectors(pool.c, cpu.lanes):
+                    adjoint = load(d, i, view.row, view.column, c, lanes=lanes)
+                    part = T.bind(adjoint / splat(float(view.counted), lanes))
+                    for h, w in view.taps():
+                        add(part, lanes, h, w, c)
     return kernel.function
 
 
@@ -124,33 +128,33 @@ class _View:
                 yield self.top + h, self.left + w
 
 
-def _views(pool: Pool) -> Iterator[tuple[Any, _View]]:
-    """(example, view) of every output pixel.
+def _examples(pool: Pool) -> Any:
+    """A loop over examples."""
+    return tasks(pool.n, pool.n * pool.pixels * pool.kh * pool.kw * -(-pool.c // 8))
+
+
+def _views(pool: Pool) -> Iterator[_View]:
+    """Every output pixel of an example.
 
     Windows that are cut by the border in the same way share a loop: no bound depends on a test.
     """
-    work = pool.n * pool.pixels * pool.kh * pool.kw * -(-pool.c // 8)
     axes = [
         _cuts(pool.oh, pool.kh, pool.stride[0], pool.padding[0], pool.h),
         _cuts(pool.ow, pool.kw, pool.stride[1], pool.padding[1], pool.w),
     ]
-    with tasks(pool.n, work) as i:
-        for (rows, top, bottom), (columns, left, right) in product(*axes):
-            with serial(len(rows)) as r, serial(len(columns)) as s:
-                row, column = rows[0] + r, columns[0] + s
-                size = max(0, bottom - top) * max(0, right - left)
-                yield (
-                    i,
-                    _View(
-                        row=row,
-                        column=column,
-                        top=row * pool.stride[0] - pool.padding[0] + top,
-                        left=column * pool.stride[1] - pool.padding[1] + left,
-                        height=bottom - top,
-                        width=right - left,
-                        counted=pool.kh * pool.kw if pool.count_padding else max(1, size),
-                    ),
-                )
+    for (rows, top, bottom), (columns, left, right) in product(*axes):
+        with serial(len(rows)) as r, serial(len(columns)) as s:
+            row, column = rows[0] + r, columns[0] + s
+            size = max(0, bottom - top) * max(0, right - left)
+            yield _View(
+                row=row,
+                column=column,
+                top=row * pool.stride[0] - pool.padding[0] + top,
+                left=column * pool.stride[1] - pool.padding[1] + left,
+                height=bottom - top,
+                width=right - left,
+                counted=pool.kh * pool.kw if pool.count_padding else max(1, size),
+            )
 
 
 def _cuts(out: int, kernel: int, stride: int, before: int, size: int) -> list[tuple[Any, int, int]]:
@@ -176,24 +180,29 @@ def _largest(x: Any, i: Any, view: _View, c: Any, lanes: int) -> Any:
     return load(largest, 0, lanes=lanes)
 
 
-def _adding(
-    cpu: Cpu, pool: Pool, dx: Any, finish: Epilogue, others: Sequence[Any]
-) -> Callable[..., None]:
-    """What adds a part to dx; where every number is in one window only, what writes it."""
+@contextmanager
+def _sums(
+    cpu: Cpu, pool: Pool, dx: Any, i: Any, write: Callable[..., None]
+) -> Iterator[Callable[..., None]]:
+    """Gives add(part, lanes, h, w, c) for dx[i]; writes what was added, finished.
+
+    The sums of an example are made where its results will be, while they are in the cache; where
+    every number is in one window only, there is nothing to add.
+    """
     if pool.tiled:
-        write = finish.into(dx, others)
-        return lambda part, _lanes, *index: write(part, *index)
-    if finish is not PLAIN:
-        raise ValueError("windows that do not tile the image have no epilogue")
-    _clear(cpu, pool, dx)
-    return lambda part, lanes, *index: store(dx, load(dx, *index, lanes=lanes) + part, *index)
+        yield lambda part, _lanes, *index: write(part, i, *index)
+        return
 
+    def each() -> Iterator[tuple[Any, ...]]:
+        with serial(pool.h) as h, serial(pool.w) as w:
+            for c, lanes in vectors(pool.c, cpu.lanes):
+                yield lanes, h, w, c
 
-def _clear(cpu: Cpu, pool: Pool, dx: Any) -> None:
-    work = pool.n * pool.h * pool.w * -(-pool.c // 8)
-    with tasks(pool.n, work) as i, serial(pool.h) as h, serial(pool.w) as w:
-        for c, lanes in vectors(pool.c, cpu.lanes):
-            store(dx, splat(0.0, lanes), i, h, w, c)
+    for lanes, *index in each():
+        store(dx, splat(0.0, lanes), i, *index)
+    yield lambda part, lanes, *index: store(dx, load(dx, i, *index, lanes=lanes) + part, i, *index)
+    for lanes, *index in each():
+        write(load(dx, i, *index, lanes=lanes), i, *index)
 
 
 def _input(pool: Pool) -> tuple[int, ...]:
