@@ -19,9 +19,11 @@ and output channels come in whole vectors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from itertools import product
 from typing import Any
 
@@ -199,8 +201,7 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
     }
     with Kernel(**gradient.images, **own) as kernel:
         x, d, c, *scratch, part_sums, totals, g = kernel.buffers
-        _clear(cpu, sums, totals)
-        for run in sums.transformed(gradient, x, scratch):
+        for run in sums.transformed(gradient, x, scratch, totals):
             for part in run.parts(gradient, d, scratch):
                 for row, tap, offset, lanes in part.cells():
                     store(part_sums, splat(0.0, lanes), run.chunk, part.place(tap, row, offset))
@@ -259,8 +260,7 @@ def batch_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> Any
     }
     with Kernel(**gradient.images, **own) as kernel, operands.scope():
         x, d, *scratch, totals, g = kernel.buffers
-        _clear(cpu, sums, totals)
-        for run in sums.transformed(gradient, x, scratch):
+        for run in sums.transformed(gradient, x, scratch, totals):
             for part in run.parts(gradient, d, scratch):
                 found = gradient.taps(scratch, run.slot, run.chunk, part, run.size)
                 for row, _, offset, lanes, taps in found:
@@ -271,20 +271,26 @@ def batch_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> Any
     return kernel.function
 
 
-def _clear(cpu: Cpu, sums: Sums, totals: Any) -> None:
-    for at, size in blocks(sums.conv.weights, 64 * cpu.lanes, T.parallel):
-        for offset, lanes in vectors(size, cpu.lanes):
-            for e in range(sums.example_shares):
-                store(totals, splat(0.0, lanes), e, at + offset)
-
-
 def _add(cpu: Cpu, sums: Sums, totals: Any, g: Any) -> None:
-    for at, size in blocks(sums.conv.weights, 64 * cpu.lanes, T.parallel):
+    """Adds the totals, first those of each half of the examples where their threads left them: one
+    of each half is all that another core must fetch.
+    """
+    halves = 2 if sums.example_shares % 2 == 0 else 1
+    each, row = sums.example_shares // halves, sums.conv.ci * sums.conv.co
+
+    def total(shares: Iterable[Any], at: Any, lanes: int) -> Any:
+        return reduce(operator.add, (load(totals, e, at, lanes=lanes) for e in shares))
+
+    if each > 1:
+        with T.parallel(halves * 9) as task:
+            first = task // 9 * each
+            for offset, lanes in vectors(row, cpu.lanes):
+                at = task % 9 * row + offset
+                store(totals, total((first + e for e in range(each)), at, lanes), first, at)
+    for block, size in blocks(sums.conv.weights, 64 * cpu.lanes, T.parallel):
         for offset, lanes in vectors(size, cpu.lanes):
-            value = load(totals, 0, at + offset, lanes=lanes)
-            for e in range(1, sums.example_shares):
-                value = value + load(totals, e, at + offset, lanes=lanes)
-            store(g, value, at + offset)
+            at = block + offset
+            store(g, total(range(0, halves * each, each), at, lanes), at)
 
 
 def _weight(conv: Conv, tap: int, part: _Part, row: Any, offset: int, origin: Any = 0) -> Any:
@@ -932,8 +938,17 @@ class Sums:
             shares=self.channel_shares,
         )
 
-    def transformed(self, gradient: _Gradient, x: Any, scratch: Sequence[Any]) -> Iterator[_Run]:
-        """All runs of all chunks, transformed."""
+    def transformed(
+        self, gradient: _Gradient, x: Any, scratch: Sequence[Any], totals: Any
+    ) -> Iterator[_Run]:
+        """All runs of all chunks, transformed; each chunk first clears its part of its total."""
+
+        def clear(chunk: Any, share: Any) -> None:
+            size = gradient.channels * self.conv.co
+            with serial(9) as tap:
+                for at, lanes in vectors(size, gradient.cpu.lanes):
+                    place = (tap * self.channel_shares + chunk % self.channel_shares) * size + at
+                    store(totals, splat(0.0, lanes), share, place)
 
         def run(chunk: Any, share: Any, first: Any, size: int) -> _Run:
             origin = chunk % self.channel_shares * gradient.channels
@@ -944,6 +959,7 @@ class Sums:
 
         with T.parallel(self.example_shares * self.channel_shares) as chunk:
             share = chunk // self.channel_shares
+            clear(chunk, share)
             for some in segments(self.each, self.together):
                 with serial(some.count) as number:
                     yield run(chunk, share, share * self.each + some.at(number), some.size)
