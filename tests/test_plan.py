@@ -206,10 +206,11 @@ def kernels_of(run):
 def test_a_product_computes_the_one_elementwise_operator_that_reads_it(monkeypatch):
     net = nn.Sequential(
         *(nn.Conv2d(2, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.Tanh()),
-        *(nn.Flatten(), nn.Linear(16 * 64, 6), nn.Tanh(), nn.Linear(6, 3)),
+        *(nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(16 * 49, 6), nn.Tanh(), nn.Linear(6, 3)),
     )
     run = compiled(net, (2, 8, 8))
     found = kernels_of(run)
+    assert "pool_backward_multiply" in found
     for name in ("conv_relu", "conv_tanh", "linear_tanh", "conv_backward_where"):
         assert name in found
     assert "linear_backward_multiply" in found
@@ -552,7 +553,7 @@ def test_memory_is_shared_only_by_buffers_that_never_live_together(data):
             assert apart or middles < 64
 
 
-def test_memory_is_no_more_than_what_must_live_together():
+def test_buffers_take_the_first_place_that_is_free_the_largest_first():
     large, small, other, last = (Buffer(bytes=size) for size in (1000, 100, 200, 64))
     steps = [("k", (large,)), ("k", (small, other)), ("k", (other, last))]
     assert allocate(steps, 64) == 64 + 1024 + 128

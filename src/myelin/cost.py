@@ -9,10 +9,11 @@ checks it: predicted against measured, kernel by kernel and for whole gradients.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from myelin.cpu import Cpu, Precision
+from myelin.kernels.conv import batch_shares
 from myelin.kernels.gram import gram_cost
 from myelin.kernels.linear import tile_shape
 from myelin.kernels.operands import BF16, FLOAT32
@@ -146,10 +147,15 @@ def weighted_gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
 
 def batch_gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     """The sum of all examples' gradients of a convolution, of which none is found alone."""
-    sums = Sums(conv=conv)
-    chunks = sums.runs * sums.example_shares
-    runs = chunks if algorithm in WINOGRAD else -(-conv.n // run_length(conv.n))
-    return _gradient(cpu, conv, algorithm, _WEIGHTED, runs, sums=sums)
+    if algorithm in WINOGRAD:
+        sums = Sums(conv=conv)
+        runs = sums.runs * sums.example_shares
+        return _gradient(cpu, conv, algorithm, _WEIGHTED, runs, sums=sums)
+    shares = batch_shares(conv)
+    each = conv.n // shares
+    runs = shares * (-(-each // run_length(each)) + 1)
+    work = _gradient(cpu, conv, algorithm, _WEIGHTED, runs)
+    return replace(work, scratch=4 * shares * conv.weights)
 
 
 def gram(cpu: Cpu, conv: Conv) -> Work:
@@ -282,6 +288,8 @@ def pooling(cpu: Cpu, pool: Pool, *, backward: bool) -> Work:
     taps = pool.kh * pool.kw
     outputs, inputs = pool.n * pool.pixels, pool.n * pool.h * pool.w
     steps = 3 * taps * outputs * _vectors(cpu, pool.c)
+    if backward and not pool.tiled:
+        steps += 3 * inputs * _vectors(cpu, pool.c)  # cleared before, and read and written after
     cold = 8 * inputs * pool.c if backward else 0
     return Work(gflop=1e-9 * taps * outputs * pool.c, steps=steps, cold=cold)
 

@@ -471,11 +471,13 @@ def allocate(steps: Sequence[tuple[str, tuple[Buffer, ...]]], base: int) -> int:
 
     A buffer lives from the first step that names it to the last one; steps are run in order. The
     largest come first, each into the first place that is free while it lives (greedy by size:
-    Pisarchyk & Lee, "Efficient Memory Management for Deep Neural Net Inference", 2020).
+    Pisarchyk & Lee, "Efficient Memory Management for Deep Neural Net Inference", 2020). A place is
+    not divided.
 
-    Buffers of a place share its middle. Examples are dealt out to threads from both ends, so what
-    lies on one side is written by one of two threads whichever buffer it is: between cores without
-    a common cache, writing where the other core wrote last takes several times as long.
+    Buffers of a place share its middle. Examples are dealt out to threads from both ends, so of two
+    threads the same one writes on the same side of any buffer that is laid out by example, as most
+    are: between cores without a common cache, writing where the other wrote last takes several
+    times as long.
     """
     lives: dict[int, tuple[Buffer, int, int]] = {}
     for i, (_, buffers) in enumerate(steps):

@@ -26,6 +26,7 @@ SHAPES = {
     "sparse": Conv(n=2, h=10, w=11, ci=5, co=7, kh=3, kw=2, stride=(4, 3), padding=(0, 1, 3, 0)),
     "gaps": Conv(n=4, h=4, w=8, ci=1, co=1, kh=5, kw=2, stride=(2, 3), padding=(3, 3, 1, 2)),
     "border": Conv(n=9, h=6, w=1, ci=4, co=2, kh=2, kw=1, stride=(3, 4), padding=(2, 2, 3, 2)),
+    "shares": Conv(n=25, h=5, w=4, ci=3, co=18, kh=2, kw=2),
     "bottom": Conv(n=2, h=3, w=3, ci=2, co=2, kh=2, kw=2, padding=(0, 0, 4, 4)),
 }
 every_shape = pytest.mark.parametrize("conv", SHAPES.values(), ids=SHAPES)
@@ -341,8 +342,9 @@ def test_the_stored_norm_covers_squares_that_are_flushed(cpu, call):
     assert np.all((g.astype("d") ** 2).sum(1) <= s * (1 + kernels.stored_norm_inflation(conv)))
 
 
-def test_bits_do_not_depend_on_threads(cpu, call):
-    conv = SHAPES["classes"]
+@pytest.mark.parametrize("name", ["classes", "shares"])
+def test_bits_do_not_depend_on_threads(name, cpu, call):
+    conv = SHAPES[name]
     xp, w, b, d = arrays(conv)
     c = np.linspace(0, 1, conv.n, dtype="f")
     gram = kernels.gram_norm(cpu, conv, kernels.gradient_error(conv))

@@ -65,15 +65,15 @@ def test_max_pooling_hands_nan_on_as_torch_does(cpu, call):
 def test_adjoints_are_finished_once_they_are_whole(pool, cpu, call):
     x, other = (RNG.standard_normal((pool.n, pool.h, pool.w, pool.c)).astype("f") for _ in range(2))
     d = RNG.integers(-8, 8, (pool.n, pool.oh, pool.ow, pool.c)).astype("f")
-    # Not linear: a part that was finished before the others were added would show.
-    finish = Epilogue(function=lambda value, a: value * value * a, others=1)
+    # Not linear, and not zero at zero: what is finished too early, or never, would show.
+    finish = Epilogue(function=lambda value, a: value * value + a, others=1)
     y, dx = torch_pool(pool, "max", x, d)
     assert np.array_equal(
-        call(kernels.max_backward(cpu, pool, finish=finish), x, y, d, other), dx * dx * other
+        call(kernels.max_backward(cpu, pool, finish=finish), x, y, d, other), dx * dx + other
     )
     dx = torch_pool(pool, "average", x, d)[1]
     found = call(kernels.average_backward(cpu, pool, finish=finish), d, other)
-    assert np.allclose(found, dx * dx * other, rtol=1e-5, atol=1e-5)
+    assert np.allclose(found, dx * dx + other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)

@@ -62,12 +62,10 @@ from myelin.kernels.tir import (
     blocks,
     gamma,
     load,
-    pieces,
     select,
     serial,
     splat,
     store,
-    tasks,
     vectors,
 )
 from myelin.kernels.window import Conv, Product
@@ -76,6 +74,7 @@ __all__ = [
     "Conv",
     "backward_data",
     "batch_gradient",
+    "batch_shares",
     "can",
     "forward",
     "gradient_error",
@@ -274,7 +273,7 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
     shapes = {"c": (conv.n,), "scratch": (conv.weights,), "g": (conv.weights,)}
     with Kernel(xp=_padded(conv), d=_output(conv), **shapes) as kernel:
         xp, d, c, scratch, g = kernel.buffers
-        for kh, co, widths, kws, cis in _gradient_tasks(cpu, conv):
+        for _, kh, co, widths, kws, cis in _gradient_tasks(cpu, conv):
             own = (kh, co, widths, kws, cis)
             for at, lanes in _weight_vectors(conv, *own):
                 store(g, splat(0.0, lanes), at)
@@ -303,44 +302,42 @@ def batch_gradient(cpu: Cpu, conv: Conv) -> Any:
     """xp[n,hp,wp,ci], d[n,oh,ow,co], scratch → g[kh,kw,ci,co] = Σ_i g_i, for training without
     privacy.
 
-    Examples and pixels are one sum, so nothing bounds what an example adds to its rounding. Each
-    task sums examples of its own, those that its thread wrote.
+    Examples and pixels are one sum, so nothing bounds what an example adds to its rounding.
     """
-    shares = largest_divisor(conv.n, _SHARES)
+    shares = batch_shares(conv)
     each = conv.n // shares
     shapes = {"scratch": (shares, conv.weights), "g": (conv.weights,)}
     with Kernel(xp=_padded(conv), d=_output(conv), **shapes) as kernel:
         xp, d, parts, g = kernel.buffers
-        with T.parallel(shares) as share:
-            for at, lanes in vectors(conv.weights, cpu.lanes):
+        for share, kh, co, widths, kws, cis in _gradient_tasks(cpu, conv, shares):
+            for at, lanes in _weight_vectors(conv, kh, co, widths, kws, cis):
                 store(parts, splat(0.0, lanes), share, at)
             for runs in segments(each, run_length(each)):
                 with serial(runs.count) as run:
                     first = share * each + runs.at(run)
-                    for co, widths in _channels(cpu, conv.co):
-                        kws, cis = tap_segments(cpu, conv, len(widths))
-                        with serial(conv.kh) as kh:
-                            for kw, ci, taps in tap_tiles(kws, cis):
-                                own = (kh, kw, ci, co)
-                                tile = _correlate(conv, xp, d, first, own, taps, widths, runs.size)
-                                for row, vector, offset, lanes in tile.cells():
-                                    v, c = taps[row]
-                                    at = flat(conv, kh, kw + v, ci + c, co + offset)
-                                    more = tile.get(row, vector)
-                                    store(
-                                        parts, load(parts, share, at, lanes=lanes) + more, share, at
-                                    )
-        loop = lambda extent: tasks(extent, shares * conv.weights // cpu.lanes)  # noqa: E731
-        for first, size in blocks(conv.weights, 4 * cpu.lanes, loop):
-            for at, lanes in pieces(size, cpu.lanes):
-                value = load(parts, 0, first + at, lanes=lanes)
+                    for kw, ci, taps in tap_tiles(kws, cis):
+                        own = (kh, kw, ci, co)
+                        tile = _correlate(conv, xp, d, first, own, taps, widths, runs.size)
+                        for row, vector, offset, lanes in tile.cells():
+                            v, c = taps[row]
+                            at = flat(conv, kh, kw + v, ci + c, co + offset)
+                            more = tile.get(row, vector)
+                            store(parts, load(parts, share, at, lanes=lanes) + more, share, at)
+        for block, size in blocks(conv.weights, 64 * cpu.lanes, T.parallel):
+            for offset, lanes in vectors(size, cpu.lanes):
+                at = block + offset
+                value = load(parts, 0, at, lanes=lanes)
                 for share in range(1, shares):
-                    value = value + load(parts, share, first + at, lanes=lanes)
-                store(g, value, first + at)
+                    value = value + load(parts, share, at, lanes=lanes)
+                store(g, value, at)
     return kernel.function
 
 
-_SHARES = 8
+def batch_shares(conv: Conv) -> int:
+    """Shares of the examples that `batch_gradient` sums alone, so that threads read what they wrote
+    themselves; one where the sums would take much memory.
+    """
+    return largest_divisor(conv.n, 8) if 4 * conv.weights <= 1 << 20 else 1
 
 
 # Shapes and loops
@@ -563,12 +560,12 @@ def _weight_vectors(
 
 
 def _gradient_tasks(
-    cpu: Cpu, conv: Conv
-) -> Iterator[tuple[Any, Any, tuple[int, ...], list[Segment], list[Segment]]]:
-    """(kh, first output channel, lanes, kernel columns, input channels) of parallel tasks.
+    cpu: Cpu, conv: Conv, shares: int = 1
+) -> Iterator[tuple[Any, Any, Any, tuple[int, ...], list[Segment], list[Segment]]]:
+    """(share, kh, first output channel, lanes, kernel columns, input channels) of parallel tasks.
 
-    Each task sums its own part of the weight over the whole batch. Parts are as large as balance
-    over a few threads allows, because each task reads all activations.
+    Each task sums its own part of the weight over the batch or one of its shares. Parts are as
+    large as balance over a few threads allows, because each task reads all activations.
     """
     for channels, widths in channel_groups(conv.co, cpu.lanes):
         kws, cis = tap_segments(cpu, conv, len(widths))
@@ -582,15 +579,15 @@ def _gradient_tasks(
                 (channels.count, conv.kh, k.count if k else 1, c.count if c else 1)
                 for k, c in split
             ]
-            number = sum(math.prod(each) for each in counts)
-            if number >= 7 or (number >= 4 and number % 2 == 0):
+            tasks = shares * sum(math.prod(each) for each in counts)
+            if tasks >= 7 or (tasks >= 4 and tasks % 2 == 0):
                 break
         for (k, c), extents in zip(split, counts, strict=True):
-            with T.parallel(math.prod(extents)) as task:
-                block, kh, a, b = _digits(task, *extents)
+            with T.parallel(shares * math.prod(extents)) as task:
+                share, block, kh, a, b = _digits(task, shares, *extents)
                 columns = [Segment(start=k.at(a), count=1, size=k.size)] if k else kws
                 rows = [Segment(start=c.at(b), count=1, size=c.size)] if c else cis
-                yield kh, channels.at(block), widths, columns, rows
+                yield share, kh, channels.at(block), widths, columns, rows
 
 
 def _correlate(

@@ -130,7 +130,8 @@ class _View:
 
 def _examples(pool: Pool) -> Any:
     """A loop over examples."""
-    return tasks(pool.n, pool.n * pool.pixels * pool.kh * pool.kw * -(-pool.c // 8))
+    most = max(pool.pixels * pool.kh * pool.kw, pool.h * pool.w)
+    return tasks(pool.n, pool.n * most * -(-pool.c // 8))
 
 
 def _views(pool: Pool) -> Iterator[_View]:
