@@ -44,9 +44,9 @@ ALLOCATOR = {
 
 SLOW = 1.15
 """Times the least that the same multiply-adds have taken: above, cores are not our own."""
-APART = 7
-"""Times as long for a copy of what the other thread wrote as for one of its own: above, they share
-no cache. Chosen between what both states gave.
+APART = 2.1
+"""Times as long for a copy of what the other thread wrote as for one of its own, with what it takes
+to start a loop: above, they share no cache. Side by side it was 1.3 to 1.6, apart 2.7 to 3.4.
 """
 PROBED = 0.015
 """Seconds, of each of three things."""

@@ -126,7 +126,7 @@ class FakeProbe:
         return {"multiply": [multiply], "copy": [1.0], "exchange": [exchange]}
 
 
-QUIET, SHARED, APART = (1.0, 4.0), (2.0, 1.5), (1.0, 10.0)
+QUIET, SHARED, APART = (1.0, 1.5), (2.0, 1.0), (1.0, 3.0)
 
 
 @pytest.mark.parametrize("bad", [SHARED, APART])
