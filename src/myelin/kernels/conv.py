@@ -50,6 +50,7 @@ from myelin.kernels.tiles import (
     Segment,
     SquaredNorm,
     Tile,
+    add_shares,
     channel_groups,
     grid,
     largest_divisor,
@@ -57,17 +58,7 @@ from myelin.kernels.tiles import (
     segments,
     steps,
 )
-from myelin.kernels.tir import (
-    Kernel,
-    blocks,
-    gamma,
-    load,
-    select,
-    serial,
-    splat,
-    store,
-    vectors,
-)
+from myelin.kernels.tir import Kernel, gamma, load, select, serial, splat, store, vectors
 from myelin.kernels.window import Conv, Product
 
 __all__ = [
@@ -323,13 +314,7 @@ def batch_gradient(cpu: Cpu, conv: Conv) -> Any:
                             at = flat(conv, kh, kw + v, ci + c, co + offset)
                             more = tile.get(row, vector)
                             store(parts, load(parts, share, at, lanes=lanes) + more, share, at)
-        for block, size in blocks(conv.weights, 64 * cpu.lanes, T.parallel):
-            for offset, lanes in vectors(size, cpu.lanes):
-                at = block + offset
-                value = load(parts, 0, at, lanes=lanes)
-                for share in range(1, shares):
-                    value = value + load(parts, share, at, lanes=lanes)
-                store(g, value, at)
+        add_shares(cpu, parts, (shares, conv.kh * conv.kw, conv.ci * conv.co), g)
     return kernel.function
 
 
@@ -337,7 +322,10 @@ def batch_shares(conv: Conv) -> int:
     """Shares of the examples that `batch_gradient` sums alone, so that threads read what they wrote
     themselves; one where the sums would take much memory.
     """
-    return largest_divisor(conv.n, 8) if 4 * conv.weights <= 1 << 20 else 1
+    return largest_divisor(conv.n, 8) if 4 * conv.weights <= _SMALL else 1
+
+
+_SMALL = 1 << 20  # bytes of one share's sums
 
 
 # Shapes and loops

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from myelin.kernels.tir import TINY, load, local, pieces, serial, splat, store
+from myelin.cpu import Cpu
+from myelin.kernels.tir import (
+    TINY,
+    blocks,
+    load,
+    local,
+    pieces,
+    serial,
+    splat,
+    store,
+    vectors,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +54,31 @@ def largest_divisor(number: int, most: int = 16) -> int:
 def run_length(examples: int) -> int:
     """Examples summed before their sum goes into the total: two short chains, not one long."""
     return math.isqrt(examples)
+
+
+def add_shares(cpu: Cpu, parts: Any, extents: tuple[int, int, int], out: Any) -> None:
+    """out[rows · row] = Σ_e parts[e], of `extents` (shares, rows, row); `parts` is overwritten.
+
+    First those of each half of the shares where their threads left them: one of each half is all
+    that another core must fetch.
+    """
+    shares, rows, row = extents
+    halves = 2 if shares % 2 == 0 else 1
+    each = shares // halves
+
+    def total(some: Iterable[Any], at: Any, lanes: int) -> Any:
+        return reduce(operator.add, (load(parts, e, at, lanes=lanes) for e in some))
+
+    if each > 1:
+        with T.parallel(halves * rows) as task:
+            first = task // rows * each
+            for offset, lanes in vectors(row, cpu.lanes):
+                at = task % rows * row + offset
+                store(parts, total((first + e for e in range(each)), at, lanes), first, at)
+    for block, size in blocks(rows * row, 64 * cpu.lanes, T.parallel):
+        for offset, lanes in vectors(size, cpu.lanes):
+            at = block + offset
+            store(out, total(range(0, shares, each), at, lanes), at)
 
 
 def grid(*extents: int) -> Iterator[tuple[Any, ...]]:

@@ -19,11 +19,9 @@ and output channels come in whole vectors.
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import reduce
 from itertools import product
 from typing import Any
 
@@ -36,6 +34,7 @@ from myelin.kernels.operands import FLOAT32, Operands
 from myelin.kernels.tiles import (
     SquaredNorm,
     Tile,
+    add_shares,
     channel_groups,
     grid,
     largest_divisor,
@@ -45,7 +44,6 @@ from myelin.kernels.tiles import (
 )
 from myelin.kernels.tir import (
     Kernel,
-    blocks,
     gamma,
     load,
     pieces,
@@ -218,7 +216,7 @@ def weighted_gradient(cpu: Cpu, conv: Conv) -> Any:
                     value = load(part_sums, run.chunk, part.place(tap, row, offset), lanes=lanes)
                     at = (run.share, _weight(conv, tap, part, row, offset, run.origin))
                     store(totals, load(totals, *at, lanes=lanes) + value, *at)
-        _add(cpu, sums, totals, g)
+        add_shares(cpu, totals, (sums.example_shares, 9, conv.ci * conv.co), g)
     return kernel.function
 
 
@@ -267,30 +265,8 @@ def batch_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> Any
                     for tap, value in enumerate(taps):
                         at = (run.share, _weight(conv, tap, part, row, offset, run.origin))
                         store(totals, load(totals, *at, lanes=lanes) + value, *at)
-        _add(cpu, sums, totals, g)
+        add_shares(cpu, totals, (sums.example_shares, 9, conv.ci * conv.co), g)
     return kernel.function
-
-
-def _add(cpu: Cpu, sums: Sums, totals: Any, g: Any) -> None:
-    """Adds the totals, first those of each half of the examples where their threads left them: one
-    of each half is all that another core must fetch.
-    """
-    halves = 2 if sums.example_shares % 2 == 0 else 1
-    each, row = sums.example_shares // halves, sums.conv.ci * sums.conv.co
-
-    def total(shares: Iterable[Any], at: Any, lanes: int) -> Any:
-        return reduce(operator.add, (load(totals, e, at, lanes=lanes) for e in shares))
-
-    if each > 1:
-        with T.parallel(halves * 9) as task:
-            first = task // 9 * each
-            for offset, lanes in vectors(row, cpu.lanes):
-                at = task % 9 * row + offset
-                store(totals, total((first + e for e in range(each)), at, lanes), first, at)
-    for block, size in blocks(sums.conv.weights, 64 * cpu.lanes, T.parallel):
-        for offset, lanes in vectors(size, cpu.lanes):
-            at = block + offset
-            store(g, total(range(0, halves * each, each), at, lanes), at)
 
 
 def _weight(conv: Conv, tap: int, part: _Part, row: Any, offset: int, origin: Any = 0) -> Any:
