@@ -12,14 +12,25 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
 from myelin.kernels.tiles import Tile, grid, segments, steps, widen
-from myelin.kernels.tir import TINY, Kernel, gamma, load, select, serial, splat, store, vectors
+from myelin.kernels.tir import (
+    TINY,
+    Kernel,
+    gamma,
+    load,
+    select,
+    serial,
+    splat,
+    store,
+    transposed,
+    vectors,
+)
 from myelin.kernels.window import Conv
 
 _UNIT = 2.0**-24  # rounding unit of float32
@@ -88,8 +99,8 @@ def _shifted_cost(conv: Conv) -> int:
 
 
 def _product_cost(pixels: int, depth: int) -> int:
-    """Pairs of pixels, and moving each number to its place, which is as long as 24 products."""
-    return (_pairs(pixels) + 24 * pixels) * depth
+    """Pairs of pixels, and moving each number to its place, which is as long as 6 products."""
+    return (_pairs(pixels) + 6 * pixels) * depth
 
 
 def _pairs(pixels: int) -> int:
@@ -140,6 +151,36 @@ class _Gram(ABC):
         for at, lanes in vectors(self.size, self.cpu.lanes):
             store(scratch, splat(0.0, lanes), chunk, at)
 
+    def turn(
+        self,
+        source: Callable[[Any, Any, Any, int], Any],
+        size: tuple[int, int, int],
+        pitch: int,
+        scratch: Any,
+        chunk: Any,
+        first: Any,
+        length: int,
+    ) -> None:
+        """source(row, column, channel, lanes) of `size` → [channels, length] at `first`: pixels
+        last, row after row of `pitch`, and zeros where there is none.
+        """
+        height, width, channels = size
+        lanes = self.cpu.lanes
+        for (block,) in grid(length // lanes):
+            pixels = []
+            for near in range(lanes):
+                q = T.bind(block * lanes + near)
+                h, v = q // pitch, q % pitch
+                inside = T.bind(T.And(h < height, v < width))
+                pixels.append((T.min(h, height - 1), T.min(v, width - 1), inside))
+            for channel, wide in vectors(channels, lanes, unroll=1):
+                rows = [
+                    select(inside, source(h, v, channel, wide), splat(0.0, wide))
+                    for h, v, inside in pixels
+                ]
+                for k, value in enumerate(transposed(rows)):
+                    store(scratch, value, chunk, first + (channel + k) * length + block * lanes)
+
     def product(
         self,
         scratch: Any,
@@ -181,9 +222,12 @@ class _Gram(ABC):
     def example(self, xp: Any, d: Any, scratch: Any, chunk: Any, i: Any, s: Any, t: Any) -> None:
         """Both results of one example."""
         conv, cpu = self.conv, self.cpu
-        for h, v, co in grid(conv.oh, conv.ow, conv.co):
-            pixel = h * (self.pitch if self.lines > 1 else conv.ow) + v
-            store(scratch, load(d, i, h, v, co), chunk, co * self.length + pixel)
+        pitch = self.pitch if self.lines > 1 else conv.ow
+
+        def adjoint(h: Any, v: Any, co: Any, lanes: int) -> Any:
+            return load(d, i, h, v, co, lanes=lanes)
+
+        self.turn(adjoint, (conv.oh, conv.ow, conv.co), pitch, scratch, chunk, 0, self.length)
         self.prepare(xp, scratch, chunk, i)
         adjoints, inputs = (Tile(1, (cpu.lanes,), "float64") for _ in range(2))
         for (block,) in grid(self.length // cpu.lanes):
@@ -227,10 +271,14 @@ class _Unfolded(_Gram):
 
     def prepare(self, xp: Any, scratch: Any, chunk: Any, i: Any) -> None:
         conv, (sh, sw) = self.conv, self.conv.stride
-        for h, v, kh, kw, ci in grid(conv.oh, conv.ow, conv.kh, conv.kw, conv.ci):
-            k = (kh * conv.kw + kw) * conv.ci + ci
-            at = self.at + k * self.length + h * conv.ow + v
-            store(scratch, load(xp, i, h * sh + kh, v * sw + kw, ci), chunk, at)
+        for kh, kw in grid(conv.kh, conv.kw):
+            first = self.at + (kh * conv.kw + kw) * conv.ci * self.length
+
+            def input_(h: Any, v: Any, ci: Any, lanes: int) -> Any:
+                return load(xp, i, h * sh + kh, v * sw + kw, ci, lanes=lanes)  # noqa: B023
+
+            size = (conv.oh, conv.ow, conv.ci)
+            self.turn(input_, size, conv.ow, scratch, chunk, first, self.length)
 
     def patch_squares(self, scratch: Any, chunk: Any, q: Any) -> Any:
         return self.squares(scratch, chunk, self.at, self.conv.taps, self.length, q)
@@ -259,9 +307,12 @@ class _Shifted(_Gram):
 
     def prepare(self, xp: Any, scratch: Any, chunk: Any, i: Any) -> None:
         conv, lanes = self.conv, self.cpu.lanes
-        for h, v, ci in grid(conv.hp, conv.wp, conv.ci):
-            at = self.inputs + ci * self.across + h * conv.wp + v
-            store(scratch, load(xp, i, h, v, ci), chunk, at)
+
+        def pixel(h: Any, v: Any, ci: Any, lanes: int) -> Any:
+            return load(xp, i, h, v, ci, lanes=lanes)
+
+        size = (conv.hp, conv.wp, conv.ci)
+        self.turn(pixel, size, conv.wp, scratch, chunk, self.inputs, self.across)
         for (block,) in grid(self.across // lanes):
             q = block * lanes
             square = self.squares(scratch, chunk, self.inputs, conv.ci, self.across, q)
