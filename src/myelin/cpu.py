@@ -48,13 +48,14 @@ class Cpu:
 
     `level` names it, `features` are all instruction sets that kernels and runtime may use, named as
     in /proc/cpuinfo, `lanes` is the number of float32 in a vector register. `runtime` is the level
-    whose enclave runtime its images hold.
+    whose enclave runtime its images hold. `cache` are the bytes of a core's own cache, the second.
     """
 
     level: str
     features: tuple[str, ...]
     lanes: int
     runtime: str
+    cache: int = 1 << 20
 
     @staticmethod
     def named(level: str) -> Cpu:
@@ -123,6 +124,7 @@ LEVELS = (
         ),
         lanes=16,
         runtime="x86-64-v4",
+        cache=2 << 20,
     ),
     Cpu(level="znver4", features=tuple(sorted((*_BF16, "sse4a"))), lanes=16, runtime="x86-64-v4"),
     Cpu(level="x86-64-v4", features=tuple(sorted(_V4)), lanes=16, runtime="x86-64-v4"),

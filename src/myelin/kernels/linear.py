@@ -38,7 +38,8 @@ from myelin.kernels.tir import (
 EXAMPLES = 32
 # Examples whose adjoints are packed together.
 _PACKED = 16
-# Numbers of a row from which on columns are packed: rows of pages share the same lines of a cache.
+# Numbers of a row from which on columns are packed, as those of large matrices: rows of pages share
+# the same lines of a cache.
 _LONG = 512
 
 
@@ -49,7 +50,7 @@ def matmul(cpu: Cpu, m: int, k: int, n: int, *, bias: bool, finish: Epilogue = P
         x, w, *more, y = kernel.buffers
         b, others = more[:bias], more[bias:]
         right = _rows_of(w)
-        if n > _LONG:
+        if n > _LONG or 4 * k * n > cpu.cache:
             panels = _Panels(cpu, m, n, k)
             for panel, column in panels.each():
                 with serial(k) as depth:

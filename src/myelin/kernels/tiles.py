@@ -91,6 +91,16 @@ def grid(*extents: int) -> Iterator[tuple[Any, ...]]:
                 yield (index, *inner)
 
 
+def shares(count: int, chunks: int) -> Iterator[tuple[Any, Any]]:
+    """(chunk, number) of 0 … count - 1, dealt out to parallel chunks that the shape fixes."""
+    each, left = divmod(count, chunks)
+    with T.parallel(chunks) as chunk, serial(each) as i:
+        yield chunk, chunk * each + i
+    if left:
+        with T.parallel(left) as chunk:
+            yield chunk, count - left + chunk
+
+
 def steps(*extents: int, unroll: int = 4) -> Iterator[tuple[Any, ...]]:
     """As `grid`, with the last axis longer than 1 unrolled."""
     if 0 in extents:

@@ -40,6 +40,7 @@ from myelin.kernels.tiles import (
     largest_divisor,
     run_length,
     segments,
+    shares,
     steps,
 )
 from myelin.kernels.tir import (
@@ -166,7 +167,7 @@ def stored_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> An
     results = {"g": (conv.n, conv.weights), "s": (conv.n,)}
     with Kernel(**gradient.images, **gradient.scratch, **results) as kernel, operands.scope():
         x, d, *scratch, g, s = kernel.buffers
-        for chunk, i in _shares(conv.n, gradient.chunks):
+        for chunk, i in shares(conv.n, gradient.chunks):
             gradient.inputs(x, scratch, chunk, i)
             norm = SquaredNorm()
             for group in gradient.groups():
@@ -428,16 +429,6 @@ def _both(
 # Loops
 
 
-def _shares(count: int, chunks: int) -> Iterator[tuple[Any, Any]]:
-    """(chunk, number) of 0 … count - 1, dealt out to parallel chunks that the shape fixes."""
-    each, left = divmod(count, chunks)
-    with T.parallel(chunks) as chunk, serial(each) as i:
-        yield chunk, chunk * each + i
-    if left:
-        with T.parallel(left) as chunk:
-            yield chunk, count - left + chunk
-
-
 def _kept(value: Any, lanes: int, *conditions: Any) -> Any:
     """The value, or 0 where a condition does not hold."""
     inside = _all([condition for condition in conditions if condition is not None])
@@ -511,7 +502,7 @@ class _Product:
         others: Sequence[Any],
     ) -> None:
         """y = biased(x * weights, channel, lanes), finished."""
-        for chunk, block in _shares(self._tiles // self._block, self._chunks):
+        for chunk, block in shares(self._tiles // self._block, self._chunks):
             with serial(self._block) as t:
                 place = self._place(block * self._block + t)
                 for k, lanes in vectors(self.ci, self.cpu.lanes, unroll=1):
@@ -607,8 +598,10 @@ class _Product:
 
     @property
     def _block(self) -> int:
-        """Tiles transformed at once."""
-        return largest_divisor(self._tiles)
+        """Tiles transformed at once: more where they all need weights that no cache holds."""
+        many, weights = 4 * _POINTS * self.ci, 4 * _POINTS * self.ci * self.co
+        most = 32 if weights > self.cpu.cache >= 40 * many else 16
+        return largest_divisor(self._tiles, most)
 
     @property
     def _chunks(self) -> int:
