@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from myelin import nn
+from myelin import nn, planner
 from myelin.cpu import Cpu
 from myelin.errors import DataRefused, ModelRefused
 from myelin.importers import load
@@ -495,6 +495,34 @@ def test_a_bf16_gradient_is_clipped_as_it_is_summed(net, shape, precision):
     x = run.x.copy()
     x[1] = np.nan
     found, expected = gradient(run, x=x), gradient(run, [1, 0, 1])
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16x3"])
+@pytest.mark.skipif(
+    "amx_bf16" not in Cpu.native().features, reason="this machine has no AMX tile registers"
+)
+def test_gradients_that_are_found_twice_are_clipped_as_they_are_summed(precision, monkeypatch):
+    monkeypatch.setattr(planner, "unstored", lambda *_: "recomputed")
+    net = nn.Sequential(
+        *(nn.Conv2d(16, 16, 3, 1, 1), nn.Tanh(), nn.Conv2d(16, 32, 3), nn.Tanh()),
+        *(nn.Flatten(), nn.Linear(800, 5)),
+    )
+    runs = [
+        compiled(net, (16, 7, 7), batch=3, precision=precision, stored_bytes=budget)
+        for budget in (0, planner.STORED_BYTES)
+    ]
+    for run, how in zip(runs, ("recomputed", "stored"), strict=True):
+        assert [method for _, method in run.program.clipping] == [how, how, "product"]
+    for bound in (1e-3, 0.1):
+        for i in range(3):
+            again, stored = (gradient(run, np.eye(3)[i], bound) for run in runs)
+            close(again, stored, 0.01)
+            norm = np.sqrt(sum((g.astype(float) ** 2).sum() for g in again.values()))
+            assert 0.99 * bound < norm <= bound
+    x = runs[0].x.copy()
+    x[1] = np.nan
+    found, expected = gradient(runs[0], x=x), gradient(runs[0], [1, 0, 1])
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 

@@ -129,7 +129,24 @@ def test_a_program_has_a_decision_for_every_call():
     assert any(d.layer == "0" and "conv_gram" in d.kernel for d in small.decisions)
 
 
-def test_bf16x3_computes_convolutions_as_float32_does():
+def test_tiles_are_taken_where_a_level_has_them():
+    """Their norms are of what is summed, so that gradients need not be kept."""
+    tiles = Cpu.named("sapphirerapids")
+    for conv in (LARGE, DEEP):
+        for product in ("forward", "backward_data"):
+            assert planner.algorithm(tiles, conv, product, "bf16") == "tiles bf16"
+            assert "bf16" not in planner.algorithm(tiles, conv, product, "float32")
+        assert planner.unstored(tiles, conv, "bf16") == "recomputed"
+        for precision in ("bf16", "bf16x3"):
+            assert planner.recomputing(tiles, conv, precision) == f"tiles {precision}"
+            assert planner.recomputing(CPU, conv, precision) is None
+        assert planner.recomputing(tiles, conv, "float32") is None
+        assert planner.unstored(tiles, conv, "float32") == "gram"
+    large = Conv(n=64, h=16, w=16, ci=64, co=64, kh=5, kw=5)
+    assert planner.algorithm(tiles, large, "forward", "bf16x3") == "tiles bf16x3"
+
+
+def test_bf16x3_computes_convolutions_as_float32_does_without_tiles():
     for conv in (LARGE, DEEP, Conv(n=64, h=9, w=9, ci=3, co=5, kh=2, kw=3)):
         for product in PRODUCTS:
             found = [planner.algorithm(CPU, conv, product, p) for p in ("float32", "bf16x3")]

@@ -9,6 +9,8 @@ adjoint d_i, so its norm needs no gradient to be formed, or one that is then kep
   summed later.
 - *gram*: convolutions whose stored gradients are too large or too slow: the norm from pixel Gram
   matrices with a rounding bound, then one weighted weight gradient.
+- *recomputed*: the same where finding gradients is cheap: once for their norms, and again, by the
+  same instructions, for their sum.
 
 The factor of example i is c_i = mask_i · min(1, C / n_i) with C = hyper[0] and n_i an upper bound
 of its norm; an example whose norm is not finite counts exactly zero.
@@ -104,7 +106,10 @@ def methods(module: Any, objective: Objective) -> list[tuple[str, Method]]:
     return [
         (
             layer.name,
-            kinds.get(_kind(layer), "stored" if layer.name in stored else "gram"),
+            "stored"
+            if layer.name in stored
+            else kinds.get(_kind(layer))
+            or planner.unstored(cpu, convolutions[layer.name], precision),
         )
         for layer in found
     ]
@@ -124,15 +129,24 @@ def additions(module: Any, objective: Objective) -> int:
         if _kind(layer) == "linear":
             longest = max(longest, LINEAR[objective.precision].weighted_gradient_additions(n))
         elif _kind(layer) == "conv2d" and how[layer.name] != "stored":
-            gradient = _gradient(layer, "weighted_gradient", objective)
+            gradient = _gradient(layer, how[layer.name], objective)
             longest = max(longest, gradient.additions)
     return longest
 
 
-def _gradient(layer: Layer, product: Product, objective: Objective) -> Gradient:
-    """How a convolution's weight gradient is computed."""
+def _gradient(layer: Layer, how: Method, objective: Objective) -> Gradient:
+    """How a convolution's weight gradient is computed, its norm being taken so."""
     conv, cpu = convolution(layer), Cpu.named(objective.level)
-    return Gradient(conv=conv, algorithm=planner.algorithm(cpu, conv, product, objective.precision))
+    products: Mapping[Method, Product] = {"stored": "stored_gradient", "none": "batch_gradient"}
+    algorithm = (
+        planner.recomputing(cpu, conv, objective.precision)
+        if how == "recomputed"
+        else planner.algorithm(
+            cpu, conv, products.get(how, "weighted_gradient"), objective.precision
+        )
+    )
+    assert algorithm is not None
+    return Gradient(conv=conv, algorithm=algorithm)
 
 
 def convolution(layer: Layer) -> Conv:
@@ -242,8 +256,7 @@ def _gather(
         if layer.bias is not None:
             later[layer.bias] = lambda c: kernel("bias-gradient", [d, c], [(n,)])
         return
-    products: Mapping[Method, Product] = {"stored": "stored_gradient", "none": "batch_gradient"}
-    gradient = _gradient(layer, products.get(how, "weighted_gradient"), objective)
+    gradient = _gradient(layer, how, objective)
     conv, numbers = gradient.conv, attributes(gradient)
     if how == "stored":
         results = [(batch, conv.weights), (batch,)]
@@ -257,6 +270,9 @@ def _gather(
             "conv-batch-gradient", [x, d], [(conv.weights,)], numbers
         )
         return
+    if how == "recomputed":
+        norm = builder.emit(kernel("conv-norm", [x, d], [(batch,)], numbers))
+        norms.terms.append((norm, conv_kernels.stored_norm_inflation(conv)))
     if how == "gram":
         pair = builder.emit(kernel("conv-gram", [x, d], [(batch,)] * 2, numbers))
         s, t = (builder.emit(relax.TupleGetItem(pair, i)) for i in range(2))

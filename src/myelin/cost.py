@@ -13,18 +13,23 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from myelin.cpu import Cpu, Precision
+from myelin.kernels import amx, amx_conv
 from myelin.kernels.conv import batch_shares
 from myelin.kernels.gram import gram_cost
 from myelin.kernels.linear import tile_shape
 from myelin.kernels.operands import BF16, FLOAT32
 from myelin.kernels.pool import Pool
 from myelin.kernels.tiles import largest_divisor, run_length
-from myelin.kernels.window import Conv
+from myelin.kernels.window import Conv, Product
 from myelin.kernels.winograd import Sums, gradient_scratch
 
-Algorithm = Literal["direct", "winograd", "direct bf16", "winograd bf16"]
-"""How a convolution or its gradient is computed: directly or by Winograd, of which operands."""
+Algorithm = Literal[
+    "direct", "winograd", "direct bf16", "winograd bf16", "tiles bf16", "tiles bf16x3"
+]
+"""How a convolution or its gradient is computed: directly, by Winograd or directly in tiles, of
+which operands."""
 WINOGRAD = ("winograd", "winograd bf16")
+TILES = {"tiles bf16": amx_conv.BF16, "tiles bf16x3": amx_conv.BF16X3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +39,10 @@ class Work:
     `algorithm` names it, for a linear layer the precision of its operands; "" where there is but
     one. Multiply-adds, each of a whole vector:
     `products` of tiles in registers, `points` of Winograd's domain, `pairs` of Gram matrices,
-    `dots` of two bf16 a lane. `steps` are all other vector instructions. `cold` are bytes of its
-    arguments that no cache holds, because they were written long before or will be read long after;
-    `scratch` are bytes that it keeps besides.
+    `dots` of two bf16 a lane; and, not of vectors, `tiles` are products of whole tiles. `steps` are
+    all other vector instructions. `cold` are bytes of its arguments that no cache holds, because
+    they were written long before or will be read long after; `scratch` are bytes that it keeps
+    besides.
     """
 
     gflop: float
@@ -45,6 +51,7 @@ class Work:
     points: float = 0
     pairs: float = 0
     dots: float = 0
+    tiles: float = 0
     steps: float = 0
     cold: int = 0
     scratch: int = 0
@@ -63,6 +70,7 @@ class Rates:
     pairs: float
     dots: float
     steps: float
+    tiles: float = 0.0
     l2_gbytes: float = 130.0
     l3_gbytes: float = 95.0
     memory_gbytes: float = 35.0
@@ -88,7 +96,7 @@ class Rates:
         ) / 1e6
 
 
-_MULTIPLY_ADDS = ("products", "points", "pairs", "dots")
+_MULTIPLY_ADDS = ("products", "points", "pairs", "dots", "tiles")
 
 _AVX512 = Rates(products=6.7, points=5.4, pairs=4.4, dots=6.0, steps=8.6)
 
@@ -96,12 +104,20 @@ RATES: Mapping[str, Rates] = {
     "x86-64-v3": Rates(products=12.5, points=10.0, pairs=8.2, dots=0.0, steps=14.0),
     "x86-64-v4": _AVX512,
     "znver4": _AVX512,
-    "sapphirerapids": _AVX512,
+    "sapphirerapids": Rates(
+        products=10.4,
+        points=7.1,
+        pairs=4.2,
+        dots=3.4,
+        tiles=0.12,
+        steps=6.9,
+        l2_gbytes=43.0,
+        l3_gbytes=58.0,
+        memory_gbytes=34.0,
+    ),
 }
-"""Rates of each CPU level, fitted to the medians of the five models' kernels on an AMD Zen 4.
-
-Those of sapphirerapids are not measured: its linear layers of bfloat16 run in tiles, and count here
-as if on vectors.
+"""Rates of each CPU level, fitted to the medians of the five models' kernels: those of
+sapphirerapids, in float32 and bf16 together, on an Intel Xeon with AMX, the others on an AMD Zen 4.
 """
 
 
@@ -109,7 +125,9 @@ as if on vectors.
 
 _INPUT, _OUTPUT, _ADJOINT = 276, 172, 170
 _WEIGHT, _TURNED_WEIGHT = 250, 500
-_PACKING = 6
+_PACKING, _PACKING_TILES = 6, 24
+_ALONE = 3
+"""Products of tiles in the time of one whose result is needed at once."""
 _STORED, _WEIGHTED = 340, 190
 """A vector's 9 taps from its 36 points, written to and read from a scratch first."""
 
@@ -121,6 +139,8 @@ def forward(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     if algorithm in WINOGRAD:
         tiles = conv.n * _tiles(conv.oh, conv.ow)
         return _transformed(cpu, conv, algorithm, tiles, conv.ci, conv.co, _WEIGHT)
+    if algorithm in TILES:
+        return _in_tiles(conv, algorithm, "forward")
     return _direct(conv, algorithm, pixels * conv.taps * outputs, pixels * (inputs + outputs))
 
 
@@ -130,6 +150,8 @@ def backward_data(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     if algorithm in WINOGRAD:
         tiles = conv.n * _tiles(conv.h, conv.w)
         return _transformed(cpu, conv, algorithm, tiles, conv.co, conv.ci, _TURNED_WEIGHT)
+    if algorithm in TILES:
+        return _in_tiles(conv, algorithm, "backward_data")
     pixels = conv.n * conv.pixels
     steps = 4 * pixels * outputs + conv.n * conv.h * conv.w * inputs + 2 * conv.weights
     return _direct(conv, algorithm, pixels * conv.kh * conv.kw * conv.co * inputs, steps)
@@ -137,16 +159,22 @@ def backward_data(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
 
 def stored_gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     """All examples' gradients of a convolution, written for later."""
+    if algorithm in TILES:
+        return _in_tiles(conv, algorithm, "stored_gradient")
     return _gradient(cpu, conv, algorithm, _STORED, conv.n)
 
 
 def weighted_gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     """The weighted sum of all examples' gradients of a convolution."""
+    if algorithm in TILES:
+        return _in_tiles(conv, algorithm, "weighted_gradient")
     return _gradient(cpu, conv, algorithm, _WEIGHTED, conv.n, sums=Sums(conv=conv))
 
 
 def batch_gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     """The sum of all examples' gradients of a convolution, of which none is found alone."""
+    if algorithm in TILES:
+        return _in_tiles(conv, algorithm, "batch_gradient")
     if algorithm in WINOGRAD:
         sums = Sums(conv=conv)
         runs = sums.runs * sums.example_shares
@@ -158,10 +186,29 @@ def batch_gradient(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
     return replace(work, scratch=4 * shares * conv.weights)
 
 
+def squared_norm(cpu: Cpu, conv: Conv, algorithm: Algorithm) -> Work:
+    """The norms of all examples' gradients of a convolution, none of which is kept."""
+    del cpu
+    return _in_tiles(conv, algorithm, "squared_norm")
+
+
 def gram(cpu: Cpu, conv: Conv) -> Work:
     """Norms of a convolution's gradients from Gram matrices."""
     products = conv.n * gram_cost(conv)
     return Work(gflop=2e-9 * products, algorithm="gram", pairs=products / cpu.lanes)
+
+
+def _in_tiles(conv: Conv, algorithm: Algorithm, kind: Product | Literal["squared_norm"]) -> Work:
+    counted = TILES[algorithm].count(conv, kind)
+    stored = 4 * conv.n * conv.weights if kind == "stored_gradient" else 0
+    return _work(
+        conv,
+        algorithm,
+        tiles=counted.products,
+        steps=counted.others,
+        cold=3 * stored,  # a line is read before it is written, and takes another's place
+        scratch=counted.scratch,
+    )
 
 
 def _transformed(
@@ -250,17 +297,26 @@ def matrix(
     precision: Precision = "float32",
     *,
     scalar: bool = False,
+    chained: bool = False,
 ) -> Work:
     """A product [rows, depth] · [depth, columns]; its right factor is packed, one number after the
-    other (`scalar`) where it is turned around on the way.
+    other (`scalar`) where it is turned around on the way. `chained`: its sums are short.
     """
+    gflop, cold = 2e-9 * rows * depth * columns, 4 * depth * columns
+    parts = 3 if precision == "bf16x3" else 1
+    if precision != "float32" and amx.FEATURE in cpu.features:
+        return Work(
+            gflop=gflop,
+            algorithm=precision,
+            tiles=amx.products(rows, columns, depth) * parts * (_ALONE if chained else 1),
+            steps=_PACKING_TILES * parts * (rows + columns) * _vectors(cpu, depth),
+            cold=cold,
+        )
     tile, width = tile_shape(cpu, rows, columns)
     panels, wide = -(-columns // width), _vectors(cpu, width)
     products = -(-rows // tile) * panels * tile * wide * _idle(tile * wide) * depth
     steps = panels * depth * (4 * width if scalar else 2 * wide)
-    gflop, cold = 2e-9 * rows * depth * columns, 4 * depth * columns
     if precision != "float32":
-        parts = 3 if precision == "bf16x3" else 1
         return Work(
             gflop=gflop,
             algorithm=precision,

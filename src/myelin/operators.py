@@ -306,7 +306,7 @@ def _linear_gradient(low: Lowering, var: Any, call: Any) -> None:
         build,
         [x, d, c],
         [out],
-        work=cost.matrix(low.cpu, k, m, n, low.precision),
+        work=cost.matrix(low.cpu, k, m, n, low.precision, chained=True),
     )
     low.values[var] = out
 
@@ -335,6 +335,22 @@ def _conv_stored(low: Lowering, var: Any, call: Any) -> None:
         work=cost.stored_gradient(low.cpu, conv, gradient.algorithm),
     )
     low.values[var] = outs
+
+
+def _conv_norm(low: Lowering, var: Any, call: Any) -> None:
+    gradient = clipping.from_attributes(_attributes(call))
+    conv = gradient.conv
+    x, d = (low.value(v) for v in _operands(call))
+    out = low.new(var, (conv.n,))
+    low.emit(
+        "conv_norm",
+        ("conv_norm", gradient),
+        lambda: gradient.templates.squared_norm(low.cpu, conv),
+        [Activations(x, conv), d],
+        [out],
+        work=cost.squared_norm(low.cpu, conv, gradient.algorithm),
+    )
+    low.values[var] = out
 
 
 def _conv_gram(low: Lowering, var: Any, call: Any) -> None:
@@ -427,6 +443,7 @@ TEMPLATES: Templates = {
     "myelin.linear-gradient": _linear_gradient,
     "myelin.bias-gradient": _bias_gradient,
     "myelin.conv-stored": _conv_stored,
+    "myelin.conv-norm": _conv_norm,
     "myelin.conv-gram": _conv_gram,
     "myelin.conv-gradient": _conv_gradient,
     "myelin.conv-batch-gradient": _conv_gradient,

@@ -2,9 +2,9 @@
 
 Times are those of `myelin.cost`. Each product of a convolution is computed by the fastest algorithm
 that can (`algorithm`), of those whose operands the precision allows. A convolution's per-example
-gradients are stored where that is faster than Gram matrices, the best saving a byte first, until
-the memory budget of the whole graph is spent (`store`). `Decision` says what was chosen for a
-kernel call, and what it should take.
+gradients are stored where that is faster than what needs no memory (`unstored`), the best saving a
+byte first, until the memory budget of the whole graph is spent (`store`). `Decision` says what was
+chosen for a kernel call, and what it should take.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, Literal
 from myelin import cost
 from myelin.cost import RATES, Algorithm
 from myelin.cpu import Cpu, Precision
+from myelin.kernels import amx, amx_conv, mixed_conv, winograd
 from myelin.kernels import conv as direct
-from myelin.kernels import mixed_conv, winograd
 from myelin.kernels.window import Conv, Product
 
-Method = Literal["product", "stored", "gram", "none"]
+Method = Literal["product", "stored", "gram", "recomputed", "none"]
 
 STORED_BYTES = 128 << 20
 """Default memory budget for the stored per-example gradients of all convolutions together."""
@@ -52,6 +52,8 @@ CONV: Mapping[Algorithm, Any] = {
     "winograd": winograd,
     "direct bf16": mixed_conv,
     "winograd bf16": mixed_conv.Winograd,
+    "tiles bf16": amx_conv.BF16,
+    "tiles bf16x3": amx_conv.BF16X3,
 }
 """The templates of each algorithm."""
 
@@ -110,6 +112,21 @@ def store(
     return stored
 
 
+def unstored(cpu: Cpu, conv: Conv, precision: Precision) -> Method:
+    """How a norm is best taken without storing gradients."""
+    return _unstored(cpu, conv, precision)[0]
+
+
+def recomputing(cpu: Cpu, conv: Conv, precision: Precision) -> Algorithm | None:
+    """The algorithm that finds gradients twice, for their norms and for their sum, if there is one:
+    its `squared_norm` is of the very numbers that its `weighted_gradient` sums.
+    """
+    name: Algorithm = "tiles bf16x3" if precision == "bf16x3" else "tiles bf16"
+    possible = CONV[name].can(conv, "stored_gradient") and _has(cpu, name, precision)
+    scratch = cost.weighted_gradient(cpu, conv, name).scratch if possible else 0
+    return name if possible and scratch <= SCRATCH_BYTES else None
+
+
 def _candidates(
     cpu: Cpu, conv: Conv, product: Product, precision: Precision
 ) -> list[tuple[Algorithm, float]]:
@@ -120,27 +137,40 @@ def _candidates(
     for name, templates in CONV.items():
         if name in cost.WINOGRAD and min(conv.ci, conv.co) < cpu.lanes:
             continue  # faster alone, but slower within a step
-        if name in _FLOAT32 or precision == "bf16":
+        if _has(cpu, name, precision) and templates.can(conv, product):
             work = getattr(cost, product)(cpu, conv, name)
-            if templates.can(conv, product) and work.scratch <= SCRATCH_BYTES:
+            if work.scratch <= SCRATCH_BYTES:
                 found.append((name, RATES[cpu.level].milliseconds(work, size)))
     return found
 
 
-_FLOAT32 = ("direct", "winograd")
+def _has(cpu: Cpu, name: Algorithm, precision: Precision) -> bool:
+    """Whether there is such an algorithm at this level and in this precision."""
+    if name in cost.TILES and amx.FEATURE not in cpu.features:
+        return False
+    return name in ("direct", "winograd") or name.partition(" ")[2] == precision
 
 
 def _saving(cpu: Cpu, conv: Conv, precision: Precision) -> float:
-    """Milliseconds that storing saves against Gram matrices and a weighted product."""
-    rates = RATES[cpu.level]
-    activations = 4 * conv.n * (conv.hp * conv.wp * conv.ci + conv.pixels * conv.co)
-    stored, weighted = (
-        min(ms for _, ms in _candidates(cpu, conv, product, precision))
-        for product in ("stored_gradient", "weighted_gradient")
-    )
+    """Milliseconds that storing saves."""
+    stored = min(ms for _, ms in _candidates(cpu, conv, "stored_gradient", precision))
     size = _stored_bytes(conv)
-    gram = rates.milliseconds(cost.gram(cpu, conv), activations)
-    return gram + weighted - stored - rates.moving(size, cold=size)  # stored, then read again
+    again = RATES[cpu.level].moving(size, cold=size)  # what was stored is read
+    return _unstored(cpu, conv, precision)[1] - stored - again
+
+
+def _unstored(cpu: Cpu, conv: Conv, precision: Precision) -> tuple[Method, float]:
+    """The best method that stores nothing, and its milliseconds."""
+    milliseconds = RATES[cpu.level].milliseconds
+    activations = 4 * conv.n * (conv.hp * conv.wp * conv.ci + conv.pixels * conv.co)
+    weighted = min(ms for _, ms in _candidates(cpu, conv, "weighted_gradient", precision))
+    found: list[tuple[Method, float]] = [
+        ("gram", milliseconds(cost.gram(cpu, conv), activations) + weighted)
+    ]
+    if name := recomputing(cpu, conv, precision):
+        twice = (cost.squared_norm(cpu, conv, name), cost.weighted_gradient(cpu, conv, name))
+        found.append(("recomputed", sum(milliseconds(work, activations) for work in twice)))
+    return min(found, key=lambda method: method[1])
 
 
 def _stored_bytes(conv: Conv) -> int:

@@ -45,6 +45,11 @@ _DEPTH = 2 * LANES
 _RUN = 32
 
 
+def products(rows: int, columns: int, depth: int) -> int:
+    """Instructions that a product takes, of operands with one part."""
+    return -(-rows // LANES) * -(-columns // LANES) * -(-depth // _DEPTH)
+
+
 def product(
     extents: tuple[int, int, int],
     left: Factor,
@@ -177,39 +182,53 @@ class _Tiles:
 
 
 Cell = tuple[int, int]
+Read = Callable[[int, Any, int, int], Any]
 
 
-def _runs(
-    a: _Tiles, b: _Tiles, row: Any, column: Any, shape: tuple[int, int]
+def sums(
+    shape: tuple[int, int], steps: int, run: int, terms: int, left: Read, right: Read
 ) -> Iterator[tuple[Cell, Any]]:
-    """((tile down, tile across), its sum) of a block: all sums of a run stay in registers."""
-    cells = [(r, c) for r in range(shape[0]) for c in range(shape[1])]
-    runs = -(-a.steps * len(a.terms) // _RUN)
-    size = -(-a.steps // runs)
+    """((tile down, tile across), its sum) of a block: Σ left · right over all steps and terms.
 
-    def run(first: Any, steps: int) -> dict[Cell, Any]:
+    left(r, first, step, term) reads a tile of row r of tiles at step first + step, right(c, …) one
+    of column c; `step` is less than `run`. The sums of a run stay in registers.
+    """
+    cells = [(r, c) for r in range(shape[0]) for c in range(shape[1])]
+
+    def of(first: Any, count: int) -> dict[Cell, Any]:
         values = {cell: splat(0.0, TILE) for cell in cells}
-        for step, term in product_of(range(steps), range(len(a.terms))):
-            left = [T.bind(a.read(row + r, first + step, term)) for r in range(shape[0])]
-            right = [T.bind(b.read(column + c, first + step, term)) for c in range(shape[1])]
-            values = {(r, c): T.bind(tile_dot(values[r, c], left[r], right[c])) for r, c in cells}
+        for step, term in product_of(range(count), range(terms)):
+            a = [T.bind(left(r, first, step, term)) for r in range(shape[0])]
+            b = [T.bind(right(c, first, step, term)) for c in range(shape[1])]
+            values = {(r, c): T.bind(tile_dot(values[r, c], a[r], b[c])) for r, c in cells}
         return {cell: tile_numbers(value) for cell, value in values.items()}
 
-    if size == a.steps:
-        yield from run(0, size).items()
+    if run == steps:
+        yield from of(0, run).items()
         return
     totals = {cell: local(TILE) for cell in cells}
     for total in totals.values():
         store(total, splat(0.0, TILE), 0)
-    for first, steps in blocks(a.steps, size):
-        for cell, value in run(first, steps).items():
+    for first, count in blocks(steps, run):
+        for cell, value in of(first, count).items():
             store(totals[cell], load(totals[cell], 0, lanes=TILE) + value, 0)
     for cell, total in totals.items():
         yield cell, load(total, 0, lanes=TILE)
 
 
+def _runs(a: _Tiles, b: _Tiles, row: Any, column: Any, shape: Cell) -> Iterator[tuple[Cell, Any]]:
+    """The sums of a block of a product."""
+    runs = -(-a.steps * len(a.terms) // _RUN)
+
+    def reader(tiles: _Tiles, start: Any) -> Read:
+        return lambda at, first, step, term: tiles.read(start + at, first + step, term)
+
+    size = -(-a.steps // runs)
+    yield from sums(shape, a.steps, size, len(a.terms), reader(a, row), reader(b, column))
+
+
 def _alone(
-    zeros: Any, a: _Tiles, b: _Tiles, row: Any, column: Any, _shape: tuple[int, int]
+    zeros: Any, a: _Tiles, b: _Tiles, row: Any, column: Any, _shape: Cell
 ) -> Iterator[tuple[Cell, Any]]:
     """The same of one tile, of which each instruction gives numbers that go into a total."""
     total = local(TILE)

@@ -16,8 +16,8 @@ How a plan uses these templates (all arguments float32, outputs last):
     weighted_gradient(cpu, conv)     xp, d, c[n], scratch → g[kh,kw,ci,co]
     batch_gradient(cpu, conv)        xp, d, scratch → g[kh,kw,ci,co], never of private training
 
-`myelin.kernels.winograd` and `myelin.kernels.mixed_conv` have the same templates by other
-algorithms; `myelin.planner` chooses.
+`myelin.kernels.winograd`, `myelin.kernels.mixed_conv` and `myelin.kernels.amx_conv` have the same
+templates by other algorithms; `myelin.planner` chooses.
 
 Bounds, u = 2⁻²⁴ and γ_k = k·u / (1 − k·u) (Higham, Accuracy and Stability, §3.1). g_i is the
 gradient that example i really adds, as computed in float32:
