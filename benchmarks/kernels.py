@@ -2,8 +2,8 @@
 
 `python -m benchmarks.kernels [--models NAME,…|all] [--precision P] [--seconds S]`. The machine's
 limits are found in the same run, by kernels compiled in the same way: a loop of fused multiply-adds
-on registers only, the same of bf16 dot products where the CPU has them, copies in cache and in
-memory.
+on registers only, the same of bf16 dot products or tiles where the CPU has them, copies in cache
+and in memory.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from benchmarks.report import THREADS, Section, Table
 from myelin import nn
 from myelin.cpu import Cpu, Precision
 from myelin.importers import load as load_model
-from myelin.kernels import bf16
+from myelin.kernels import amx, bf16
 from myelin.kernels import object as kernel_object
+from myelin.kernels.bf16 import LANES, TILE
 from myelin.kernels.tir import Kernel, load, local, serial, store
 from myelin.optimizer import SGD
 from myelin.outside import Outside
@@ -41,6 +42,8 @@ from myelin.plan import compile_training
 
 CHAINS = 12
 """Accumulators at once: more than the latency of a multiply-add times its units."""
+RUN = 32
+"""Products of tiles in a row for each of four sums."""
 IN_CACHE, IN_MEMORY = 1 << 20, 256 << 20
 """Bytes of the arrays that are copied."""
 
@@ -188,7 +191,7 @@ def limit_table(limits: Limits) -> Table:
     """The measured limits."""
     rows = [("float32 multiply-add", f"{limits.gflops:.0f} GF/s")]
     if limits.bf16_gflops is not None:
-        rows.append(("bf16 dot product", f"{limits.bf16_gflops:.0f} GF/s"))
+        rows.append(("bf16 products", f"{limits.bf16_gflops:.0f} GF/s"))
     rows.append((f"copy of {IN_CACHE >> 20} MiB", f"{limits.cache_gbytes:.0f} GB/s"))
     rows.append((f"copy of {IN_MEMORY >> 20} MiB", f"{limits.memory_gbytes:.0f} GB/s"))
     return Table(title="Limits of this machine, now", columns=("what", "limit"), rows=rows)
@@ -287,9 +290,9 @@ def measure_limits(cpu: Cpu, seconds: float) -> Limits:
     """What this machine can do at most, on both threads."""
     report.say("limits of this machine")
     repeats = 200_000
-    operations = 2 * CHAINS * cpu.lanes * THREADS * repeats
 
     def gflops(kernel: Any, dtype: str) -> float:
+        operations = 2 * CHAINS * cpu.lanes * THREADS * repeats
         x = np.full((CHAINS + 2, cpu.lanes), 0.5, np.float32)
         if dtype == "int32":
             x = np.full(x.shape, 0x3F003F00, np.int32)  # two of 0.5 in bf16
@@ -297,7 +300,13 @@ def measure_limits(cpu: Cpu, seconds: float) -> Limits:
         return operations / 1e9 / fastest(kernel, (x, y), cpu, seconds)
 
     bf16 = None
-    if "avx512_bf16" in cpu.features:
+    if amx.FEATURE in cpu.features:
+        blocks = repeats // 100
+        a = np.full((2, 4, TILE), 0x3F003F00, np.int32)
+        y = np.zeros((THREADS, 4, TILE), np.float32)
+        operations = 2 * 4 * TILE * 2 * LANES * RUN * THREADS * blocks
+        bf16 = operations / 1e9 / fastest(tile_loop(blocks), (a, y), cpu, seconds)
+    elif "avx512_bf16" in cpu.features:
         bf16 = 2 * gflops(dot_loop(cpu, repeats), "int32")
     return Limits(
         gflops=gflops(fma_loop(cpu, repeats), "float32"),
@@ -344,6 +353,30 @@ def fma_loop(cpu: Cpu, repeats: int) -> Any:
 def dot_loop(cpu: Cpu, repeats: int) -> Any:
     """The same with dot products of two bf16 a lane, which x holds as int32."""
     return register_loop(cpu, repeats, "int32", bf16.dot, bf16.words)
+
+
+def tile_loop(blocks: int) -> Any:
+    """a[2, 4, TILE] of pairs → y[THREADS, 4, TILE]: products of two by two tiles, again and again;
+    even and odd times of others, so that none is known before.
+    """
+    with Kernel(a=((2, 4, TILE), "int32"), y=(THREADS, 4, TILE)) as kernel, bf16.tile_words():
+        a, y = kernel.buffers
+        with T.parallel(THREADS) as thread, serial(blocks) as time_:
+
+            def read(tile: int) -> Any:
+                return load(a, time_ % 2, tile, 0, lanes=TILE)
+
+            found = amx.sums(
+                (2, 2),
+                RUN,
+                RUN,
+                1,
+                lambda r, _first, _step, _term: read(r),
+                lambda c, _first, _step, _term: read(2 + c),
+            )
+            for (r, c), value in found:
+                store(y, value, thread, 2 * r + c, 0)
+    return kernel.function
 
 
 def register_loop(
