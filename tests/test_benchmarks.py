@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -278,7 +279,12 @@ TINY = Case(
     ),
 )
 LIMITS = kernels.Limits(
-    gflops=100.0, bf16_gflops=None, cache_gbytes=50.0, memory_gbytes=10.0, cache=1000
+    gflops=100.0,
+    bf16_gflops=None,
+    tile_gflops=None,
+    cache_gbytes=50.0,
+    memory_gbytes=10.0,
+    cache=1000,
 )
 
 
@@ -369,6 +375,29 @@ def test_the_loops_that_find_the_limits_compute_what_they_claim() -> None:
     a, b = kernels.aligned(a), kernels.aligned(np.zeros_like(a))
     compiled["copy"](tvm.runtime.from_dlpack(a), tvm.runtime.from_dlpack(b))
     assert np.array_equal(a, b)
+
+
+def test_a_kernel_is_held_against_the_limit_of_its_operands() -> None:
+    limits = replace(LIMITS, bf16_gflops=300.0)
+    assert [limits.peak(a) for a in ("winograd", "direct bf16", "bf16")] == [100, 300, 300]
+    limits = replace(limits, tile_gflops=900.0)
+    found = [limits.peak(a) for a in ("direct bf16", "bf16", "tiles bf16", "tiles bf16x3")]
+    assert found == [300, 900, 900, 300]
+
+
+def test_the_loop_of_tiles_multiplies_as_often_as_it_is_said() -> None:
+    import tvm
+
+    from myelin.kernels import object as kernel_object
+
+    cpu = Cpu.native()
+    if "amx_bf16" not in cpu.features:
+        pytest.skip("this CPU has no tiles")
+    function = kernel_object.library({"tiles": kernels.tile_loop(3)}, cpu)["tiles"]
+    a = kernels.aligned(np.full((2, 4, 256), 0x3F003F00, np.int32))  # 0.5 twice
+    y = kernels.aligned(np.ones((kernels.THREADS, 4, 256), np.float32))
+    function(tvm.runtime.from_dlpack(a), tvm.runtime.from_dlpack(y))
+    assert (y == kernels.RUN * 32 * 0.25).all()
 
 
 def test_the_bf16_loop_adds_two_products_a_lane() -> None:

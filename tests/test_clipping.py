@@ -6,7 +6,7 @@ import tvm
 from hypothesis import given
 from hypothesis import strategies as st
 
-from myelin import clipping, graph, nn, planner, training
+from myelin import clipping, cost, graph, nn, planner, training
 from myelin.cpu import Cpu
 from myelin.graph import Objective
 from myelin.importers import load
@@ -149,6 +149,24 @@ def test_additions_are_those_of_the_kernel_that_sums(monkeypatch, algorithm):
     assert direct.weighted_gradient_additions(conv) != winograd.weighted_gradient_additions(conv)
     templates = {"direct": direct, "winograd": winograd}[algorithm]
     assert found == templates.weighted_gradient_additions(conv)
+
+
+def test_additions_are_those_of_gradients_that_are_found_again(monkeypatch):
+    monkeypatch.setattr(planner, "unstored", lambda *_: "recomputed")
+    model = load(nn.Sequential(nn.Conv2d(16, 16, 3), nn.Flatten()), (16, 8, 8))
+    asked = objective(model, stored_bytes=0, level="sapphirerapids", precision="bf16")
+    conv = Conv(n=64, h=8, w=8, ci=16, co=16, kh=3, kw=3)
+    expected = planner.CONV["tiles bf16"].weighted_gradient_additions(conv)
+    assert clipping.additions(model.relax(64), asked) == expected > 2
+
+
+@pytest.mark.parametrize("level", cost.RATES)
+def test_gradients_of_a_batch_need_no_bound(level):
+    """Training without privacy may use kernels of which none is known."""
+    model = load(nn.Sequential(nn.Conv2d(64, 64, 3, 1, 1), nn.Flatten()), (64, 32, 32))
+    precision = "bf16" if "bf16" in Cpu.named(level).precisions else "float32"
+    asked = objective(model, level=level, precision=precision, clipping="none")
+    assert clipping.additions(model.relax(8), asked) == 2
 
 
 @given(st.floats(1e-12, 1.0))

@@ -14,6 +14,7 @@ from myelin import nn, planner
 from myelin.cpu import Cpu
 from myelin.errors import DataRefused, ModelRefused
 from myelin.importers import load
+from myelin.kernels import amx
 from myelin.kernels import object as kernel_object
 from myelin.lowering import Buffer, Lowering, allocate
 from myelin.optimizer import SGD, Adam
@@ -482,9 +483,19 @@ WINOGRAD = (
 )
 
 
+@pytest.fixture(params=["native", "vectors"])
+def arithmetic(request, monkeypatch):
+    """Products of bfloat16 as this machine has them, or on vectors although it has tiles."""
+    if request.param == "vectors":
+        monkeypatch.setattr(amx, "FEATURE", "none")
+    planner.algorithm.cache_clear()
+    yield request.param
+    planner.algorithm.cache_clear()
+
+
 @pytest.mark.parametrize("precision", [BF16])
 @pytest.mark.parametrize(("net", "shape"), [(CNN[0], CNN[2]), WINOGRAD], ids=["cnn", "winograd"])
-def test_a_bf16_gradient_is_clipped_as_it_is_summed(net, shape, precision):
+def test_a_bf16_gradient_is_clipped_as_it_is_summed(net, shape, precision, arithmetic):
     """Convolutions whose operands are rounded: the norm is that of what an example adds."""
     run = compiled(net, shape, batch=3, precision=precision)
     for bound in (1e-3, 0.1):

@@ -77,19 +77,24 @@ def test_bf16_operands_are_taken_where_they_can_be_and_are_faster():
         assert [planner.algorithm(CPU, conv, p, "bf16") for p in PRODUCTS] == expected
 
 
+CHANNELS = st.integers(1, 40) | st.sampled_from([16, 32, 48])
+
+
 @given(
-    st.tuples(*[st.integers(1, 40)] * 3),
+    st.tuples(st.integers(1, 40), CHANNELS, CHANNELS),
     st.tuples(*[st.integers(1, 3)] * 3),
     st.sampled_from(PRODUCTS),
+    st.sampled_from([Cpu.named(level) for level in cost.RATES]),
 )
-def test_what_is_chosen_can_be_computed(sizes, kernel, product):
+def test_what_is_chosen_can_be_computed(sizes, kernel, product, cpu):
     (n, ci, co), (kh, kw, stride) = sizes, kernel
     conv = Conv(n=n, h=9, w=7, ci=ci, co=co, kh=kh, kw=kw, stride=(stride, 1))
-    for precision in ("float32", "bf16"):
-        how = planner.algorithm(CPU, conv, product, precision)
+    for precision in cpu.precisions:
+        how = planner.algorithm(cpu, conv, product, precision)
         assert planner.CONV[how].can(conv, product)
         assert callable(getattr(planner.CONV[how], product))
-        assert precision == "bf16" or "bf16" not in how
+        assert how in ("direct", "winograd") or how.endswith(f" {precision}")
+        assert not how.startswith("tiles") or "amx_bf16" in cpu.features
 
 
 def test_scratch_stays_within_its_limit():
@@ -97,6 +102,11 @@ def test_scratch_stays_within_its_limit():
     conv = Conv(n=64, h=512, w=512, ci=64, co=64, **SQUARE)
     assert planner.algorithm(CPU, conv, "forward", "float32") == "winograd"
     assert planner.algorithm(CPU, conv, "stored_gradient", "float32") == "direct"
+    tiles = Cpu.named("sapphirerapids")
+    large = Conv(n=64, h=192, w=192, ci=64, co=256, **SQUARE)
+    assert cost.weighted_gradient(tiles, large, "tiles bf16").scratch <= planner.SCRATCH_BYTES
+    assert cost.squared_norm(tiles, large, "tiles bf16").scratch > planner.SCRATCH_BYTES
+    assert planner.recomputing(tiles, large, "bf16") is None
 
 
 def test_a_program_has_a_decision_for_every_call():

@@ -1,7 +1,7 @@
 """Per-example norms, clip factors and clipped sums, from inputs and adjoints.
 
 For every operator with parameters the gradient of example i is a product of its input x_i and its
-adjoint d_i, so its norm needs no gradient to be formed, or one that is then kept:
+adjoint d_i. Its norm is taken without forming it, or of one that is then kept or formed again:
 
 - *product*: a linear layer on rows, |x_i|² |d_i|² (+ |d_i|² for the bias); costs nothing.
 - *stored*: convolutions, biases over pixels, scales and linear layers on lists of rows: the
@@ -128,7 +128,7 @@ def additions(module: Any, objective: Objective) -> int:
         n = _shape(layer.x)[0]
         if _kind(layer) == "linear":
             longest = max(longest, LINEAR[objective.precision].weighted_gradient_additions(n))
-        elif _kind(layer) == "conv2d" and how[layer.name] != "stored":
+        elif _kind(layer) == "conv2d" and how[layer.name] not in ("stored", "none"):
             gradient = _gradient(layer, how[layer.name], objective)
             longest = max(longest, gradient.additions)
     return longest

@@ -117,7 +117,8 @@ RATES: Mapping[str, Rates] = {
     ),
 }
 """Rates of each CPU level, fitted to the medians of the five models' kernels: those of
-sapphirerapids, in float32 and bf16 together, on an Intel Xeon with AMX, the others on an AMD Zen 4.
+sapphirerapids, in float32 and bf16 together, on an Intel Xeon with AMX, the others on an AMD Zen 4,
+there before Gram norms turned pixels by shuffles: their `pairs` are faster now than it says.
 """
 
 
@@ -206,7 +207,9 @@ def _in_tiles(conv: Conv, algorithm: Algorithm, kind: Product | Literal["squared
         algorithm,
         tiles=counted.products,
         steps=counted.others,
-        cold=3 * stored,  # a line is read before it is written, and takes another's place
+        # A line is read before it is written, and takes another's place. The counts of direct and
+        # Winograd gradients have what that takes in their other instructions.
+        cold=3 * stored,
         scratch=counted.scratch,
     )
 

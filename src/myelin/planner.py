@@ -122,9 +122,10 @@ def recomputing(cpu: Cpu, conv: Conv, precision: Precision) -> Algorithm | None:
     its `squared_norm` is of the very numbers that its `weighted_gradient` sums.
     """
     name: Algorithm = "tiles bf16x3" if precision == "bf16x3" else "tiles bf16"
-    possible = CONV[name].can(conv, "stored_gradient") and _has(cpu, name, precision)
-    scratch = cost.weighted_gradient(cpu, conv, name).scratch if possible else 0
-    return name if possible and scratch <= SCRATCH_BYTES else None
+    if not CONV[name].can(conv, "stored_gradient") or not _has(cpu, name, precision):
+        return None
+    twice = (cost.squared_norm(cpu, conv, name), cost.weighted_gradient(cpu, conv, name))
+    return name if all(work.scratch <= SCRATCH_BYTES for work in twice) else None
 
 
 def _candidates(

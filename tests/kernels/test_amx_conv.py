@@ -26,6 +26,8 @@ SHAPES = {
     "large": Conv(n=1, h=9, w=20, ci=64, co=16, kh=5, kw=5, padding=(2, 2, 2, 2)),
     "list": Conv(n=10, h=6, w=1, ci=32, co=48, kh=1, kw=1),
     "runs": Conv(n=1, h=18, w=97, ci=16, co=16, kh=1, kw=3, padding=(0, 2, 0, 0)),
+    "rest": Conv(n=2, h=49, w=33, ci=16, co=16, kh=1, kw=1),
+    "beyond": Conv(n=2, h=1, w=2, ci=16, co=32, kh=3, kw=4, padding=(2, 3, 1, 2)),
 }
 every_shape = pytest.mark.parametrize("conv", SHAPES.values(), ids=SHAPES)
 TEMPLATES = {"bf16": amx_conv.BF16, "bf16x3": amx_conv.BF16X3}
@@ -61,12 +63,14 @@ def test_kernels_compile_for_the_runtime(templates, name):
         bounds.prove(kernel)
     assert_runtime_suffices(found, CPU)
     assert workspace_bytes(found, CPU) == 0
-    assert len(test_amx.TDPBF16PS.findall(kernel_object.build(found, CPU))) >= len(found)
+    for label, kernel in found.items():
+        assert test_amx.TDPBF16PS.search(kernel_object.build({label: kernel}, CPU)), label
 
 
-@pytest.mark.parametrize("name", ["over", "large"])
-def test_llvm_can_replace_every_cast(name):
-    test_amx.assert_casts(kernels(amx_conv.BF16, SHAPES[name]))
+@templates
+@pytest.mark.parametrize("name", ["over", "large", "rest"])
+def test_llvm_can_replace_every_cast(templates, name):
+    test_amx.assert_casts(kernels(templates, SHAPES[name]))
 
 
 @templates
@@ -139,18 +143,53 @@ def test_products_are_those_of_what_operands_are_split_into(templates, conv, cal
     check(templates, conv, call)
 
 
+@tiles
+@templates
+@pytest.mark.parametrize(
+    ("conv", "cache", "dealt"),
+    [
+        (Conv(n=27, h=5, w=6, ci=16, co=32, **SQUARE), 2, (8, 2)),
+        (Conv(n=30, h=3, w=4, ci=192, co=80, **SQUARE), 3, (4, 3)),
+    ],
+    ids=["runs", "large"],
+)
+def test_sums_of_several_runs_and_shares(templates, conv, cache, dealt, call, monkeypatch):
+    """Of runs with a rest, and of examples that are left over."""
+    one = amx_conv._Gradient(split=templates.split, conv=conv, chunks=1)
+    monkeypatch.setattr(amx_conv, "_CACHE", cache * one.bytes)
+    gradient = amx_conv._Gradient.summed(templates.split, conv)
+    assert (gradient.chunks, gradient.together) == dealt
+    assert conv.n // dealt[0] % dealt[1]
+    assert conv.n % dealt[0]
+    check(templates, conv, call)
+
+
+@pytest.mark.parametrize("n", [1, 7, 64, 1000, 65_536])
+def test_chains_of_additions_over_examples_are_bounded(n):
+    """Rounding of c · g, sums of a share with one example more than others, sums of shares."""
+    for conv in (
+        Conv(n=n, h=8, w=8, ci=256, co=256, **SQUARE),
+        Conv(n=n, h=4, w=4, ci=16, co=16, **SQUARE),
+    ):
+        for some in TEMPLATES.values():
+            chunks = amx_conv._Gradient.summed(some.split, conv).chunks
+            longest = 1 + -(-n // chunks) + chunks - 1
+            assert longest <= some.weighted_gradient_additions(conv) <= 20 + n // 4
+
+
 @st.composite
 def convs(draw):
     kh, kw = draw(st.tuples(*[st.integers(1, 4)] * 2))
+    top, left, bottom, right = (draw(st.integers(0, k - 1)) for k in (kh, kw, kh, kw))
     return Conv(
         n=draw(st.integers(1, 11)),
-        h=draw(st.integers(kh, 9)),
-        w=draw(st.integers(kw, 40)),
+        h=draw(st.integers(max(1, kh - top - bottom), 9)),
+        w=draw(st.integers(max(1, kw - left - right), 40)),
         ci=16 * draw(st.integers(1, 4)),
         co=16 * draw(st.integers(1, 4)),
         kh=kh,
         kw=kw,
-        padding=tuple(draw(st.integers(0, k - 1)) for k in (kh, kw, kh, kw)),
+        padding=(top, left, bottom, right),
     )
 
 

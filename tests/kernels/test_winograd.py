@@ -50,6 +50,24 @@ def test_sums_are_dealt_out_by_examples_and_large_ones_by_channels_too():
     assert dealt["many"] == (8, 1, 3)
 
 
+@pytest.mark.parametrize(
+    ("n", "size", "channels", "level", "block"),
+    [
+        (64, 8, 256, "sapphirerapids", 32),
+        (64, 16, 128, "znver4", 32),
+        (64, 8, 256, "znver4", 16),  # inputs of 32 would fill the cache
+        (64, 32, 64, "sapphirerapids", 16),  # a cache holds the weights
+        (32, 4, 256, "sapphirerapids", 16),  # too few for all threads
+    ],
+)
+def test_more_tiles_at_once_where_weights_do_not_fit_a_cache(n, size, channels, level, block):
+    conv = Conv(n=n, h=size, w=size, ci=channels, co=channels, **SQUARE)
+    kernel = winograd.forward(Cpu.named(level), conv, bias=False)
+    chunks, plane = (int(e) for e in next(p for p in kernel.params if p.name == "inputs").ty.shape)
+    assert plane == 36 * (block * channels + 16)
+    assert chunks == min(8, n * size**2 // 16 // block) >= 2
+
+
 @pytest.mark.parametrize("n", [1, 7, 64, 1000, 65_536])
 def test_chains_of_additions_over_examples_are_short(n):
     """Of a run, of the runs of a share and one more example, of the shares."""

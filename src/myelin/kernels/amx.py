@@ -6,7 +6,8 @@ zeros. A block of up to two by two tiles of results stays in registers over a lo
 
 One instruction adds 16 pairs to a result. Of the order of its additions there are two accounts (one
 after the other, or even and odd numbers apart and then their sum), so that nothing here depends on
-it: with `chain`, each instruction starts at zero, and float32 instructions add what comes out.
+it: with `chain`, each instruction starts at zero, and float32 instructions add what comes out. Who
+uses `block_sums` bounds what comes out, not how.
 Rounding is to the nearest, to even; subnormal numbers become zero, as in `myelin.kernels.bf16`.
 
 The instructions stand in LLVM's language (`myelin.kernels.bf16.TILE_WORDS`) as functions of values;
@@ -24,7 +25,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from myelin.kernels.bf16 import LANES, TILE, tile_dot, tile_numbers, tile_words
-from myelin.kernels.factors import Factor, Part, Split
+from myelin.kernels.factors import Factor, Part, Split, kept_once
 from myelin.kernels.linear import tile_start
 from myelin.kernels.tir import (
     blocks,
@@ -117,7 +118,7 @@ class _Tiles:
         self, factor: Factor, lines: int, depth: int, parts: Sequence[Part], *, turned: bool
     ) -> None:
         self.count, self.steps = -(-lines // LANES), -(-depth // _DEPTH)
-        unlike = list(dict.fromkeys(parts))
+        unlike = kept_once(parts)
         self.terms = [unlike.index(part) for part in parts]
         # A single tile would be on the stack, and LLVM would keep it in vectors of its own making.
         size = max(len(unlike), 2 if self.count * self.steps == 1 else 1) * TILE
@@ -185,7 +186,7 @@ Cell = tuple[int, int]
 Read = Callable[[int, Any, int, int], Any]
 
 
-def sums(
+def block_sums(
     shape: tuple[int, int], steps: int, run: int, terms: int, left: Read, right: Read
 ) -> Iterator[tuple[Cell, Any]]:
     """((tile down, tile across), its sum) of a block: Σ left · right over all steps and terms.
@@ -224,7 +225,7 @@ def _runs(a: _Tiles, b: _Tiles, row: Any, column: Any, shape: Cell) -> Iterator[
         return lambda at, first, step, term: tiles.read(start + at, first + step, term)
 
     size = -(-a.steps // runs)
-    yield from sums(shape, a.steps, size, len(a.terms), reader(a, row), reader(b, column))
+    yield from block_sums(shape, a.steps, size, len(a.terms), reader(a, row), reader(b, column))
 
 
 def _alone(

@@ -30,11 +30,11 @@ from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
 from myelin.kernels import split
-from myelin.kernels.amx import sums
+from myelin.kernels.amx import block_sums
 from myelin.kernels.bf16 import LANES, TILE, pairs, tile_words, words
 from myelin.kernels.conv import bordered_pixels, flat
 from myelin.kernels.epilogue import PLAIN, Epilogue
-from myelin.kernels.factors import ROUNDED, Factor, Part, Split
+from myelin.kernels.factors import ROUNDED, Factor, Part, Split, kept_once
 from myelin.kernels.functions import is_finite
 from myelin.kernels.linear import tile_start
 from myelin.kernels.tiles import (
@@ -60,7 +60,7 @@ from myelin.kernels.tir import (
 from myelin.kernels.window import Conv, Product
 
 _DEPTH = 2 * LANES  # numbers that one instruction sums for each result
-_RUN = 48  # instructions in a row for one tile of results, at most
+_RUN = 48  # instructions in a row for one tile of results, at most: five planes of 3 × 3 taps
 _CHUNKS = 8  # parts of the work, each with a scratch of its own
 _LARGE = 512 << 10  # bytes of a sum over examples of which there are fewer
 _CACHE = 3 << 19  # bytes of a core's own cache, most of them
@@ -287,9 +287,9 @@ class _Layer:
     @property
     def scratch(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """An image of each chunk, and the weights in tiles."""
-        parts = len(_unlike(self.split.left))
+        parts = len(kept_once(self.split.left))
         images = (_chunks(self.n), parts, self._planes, self._length * LANES + _PAD)
-        terms = len(_unlike(self.split.right))
+        terms = len(kept_once(self.split.right))
         tiles = (self._planes, *self.window, self._across, terms * TILE)
         return {"packed": (images, "int32"), "weights": (tiles, "int32")}
 
@@ -297,7 +297,7 @@ class _Layer:
     def count(self) -> Count:
         """What it does."""
         terms = len(self.split.left)
-        parts = len(_unlike(self.split.left))
+        parts = len(kept_once(self.split.left))
         results = self.n * self._count * self._across
         pixels = self.n * sum(self.rows) * self._pitch
         runs = self._steps // self._run
@@ -317,7 +317,7 @@ class _Layer:
             factor = Factor(read=read, along=False)
             for at, size in blocks(self.depth, _DEPTH):
                 with serial(self._across) as across:
-                    for number, part in enumerate(_unlike(self.split.right)):
+                    for number, part in enumerate(kept_once(self.split.right)):
                         some = factor.part(part)
                         place = (at // _DEPTH, kh, kw, across)
                         with serial(size // 2) as pair:
@@ -337,7 +337,7 @@ class _Layer:
             turned = (self.window[0] - 1 - kh, self.window[1] - 1 - kw)
             for at, size in blocks(self.depth, _DEPTH):
                 with serial(self._across) as across:
-                    for number, part in enumerate(_unlike(self.split.right)):
+                    for number, part in enumerate(kept_once(self.split.right)):
                         some = factor.part(part)
                         lines = [
                             some.pairs_of_row(across * LANES + line, at, size)
@@ -363,7 +363,7 @@ class _Layer:
             place = T.bind((h * self._pitch + v) * LANES)
             pixel = (h - self.rows[0], v - self.columns[0])
             for at, size in blocks(self.depth, _DEPTH):
-                for number, part in enumerate(_unlike(self.split.left)):
+                for number, part in enumerate(kept_once(self.split.left)):
                     zeros = splat(T.int32(0), LANES)
                     value = factor.part(part).pairs_of_row(pixel, at, size) if inside else zeros
                     store(packed, value, chunk, number, at // _DEPTH, place)
@@ -394,7 +394,9 @@ class _Layer:
             return load(weights, *self._tap(first, step), column + c, at, lanes=TILE)
 
         room = local(TILE)
-        found = sums((down, across), self._steps, self._run, len(self.split.left), left, right)
+        found = block_sums(
+            (down, across), self._steps, self._run, len(self.split.left), left, right
+        )
         for (r, c), value in found:
             store(room, value, 0)
             channel = (column + c) * LANES
@@ -543,7 +545,7 @@ class _Gradient:
     def count(self, each: int) -> Count:
         """What finding all of them does, with so many instructions for 16 numbers of each."""
         conv, terms = self.conv, len(self.split.left)
-        parts = len(_unlike(self.split.left))
+        parts = len(kept_once(self.split.left))
         results = conv.n * self._inputs * self._outputs * conv.kh * conv.kw
         runs = -(-self._steps // self._run)
         each += _TOTAL * (runs if runs > 1 else 0)
@@ -568,7 +570,7 @@ class _Gradient:
     def scratch(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Activations and adjoints of each slot."""
         slots = self.chunks * self.together
-        left, right = (len(_unlike(side)) for side in (self.split.left, self.split.right))
+        left, right = (len(kept_once(side)) for side in (self.split.left, self.split.right))
         inputs = (slots, left, self._inputs, self._input_plane)
         adjoints = (slots, right, self.conv.kw, self._outputs, self._adjoint_plane)
         return {"inputs": (inputs, "int32"), "adjoints": (adjoints, "int32")}
@@ -611,7 +613,7 @@ class _Gradient:
     def pack(self, x: Any, d: Any, scratch: Sequence[Any], slot: Any, i: Any) -> None:
         """Example i into a slot."""
         conv, (inputs, adjoints) = self.conv, scratch
-        for number, part in enumerate(_unlike(self.split.left)):
+        for number, part in enumerate(kept_once(self.split.left)):
             size = (conv.h, conv.w, self._inputs)
             self._pack(x, part, i, size, (0, 0), inputs, (slot, number), self._positions)
             with serial(self._inputs) as channel, serial(self._steps) as step:
@@ -621,7 +623,7 @@ class _Gradient:
                 rows = [load(inputs, *place, lanes=LANES) for place in places]
                 for place, row in zip(places, transposed(rows), strict=True):
                     store(inputs, row, *place)
-        for number, part in enumerate(_unlike(self.split.right)):
+        for number, part in enumerate(kept_once(self.split.right)):
             for kw in range(conv.kw):
                 size = (conv.oh, conv.ow, self._outputs)
                 before = (conv.kh - 1 - conv.padding[0], kw - conv.padding[1])
@@ -709,7 +711,7 @@ class _Gradient:
 
         room = local(TILE)
         terms = len(self.split.left)
-        for (r, c), value in sums(place.shape, self._steps, self._run, terms, left, right):
+        for (r, c), value in block_sums(place.shape, self._steps, self._run, terms, left, right):
             store(room, value, 0)
             channels = (place.row + r) * LANES, (place.column + c) * LANES
             at = T.bind(flat(self.conv, place.kh, place.kw, *channels))
@@ -756,14 +758,9 @@ def _chunks(n: int, *, large: bool = False) -> int:
     return min(n, _CHUNKS // 2 if large else _CHUNKS)
 
 
-def _unlike(parts: Sequence[Part]) -> list[Part]:
-    """The parts of a number that are kept, each once."""
-    return list(dict.fromkeys(parts))
-
-
 def _numbers(split: Split) -> tuple[list[int], list[int]]:
     """Which of the kept parts stands in each term, of left and right factors."""
     left, right = (
-        [_unlike(side).index(part) for part in side] for side in (split.left, split.right)
+        [kept_once(side).index(part) for part in side] for side in (split.left, split.right)
     )
     return left, right

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,11 @@ class Split:
 
 ROUNDED = Split()
 """Both factors are rounded, once."""
+
+
+def kept_once(parts: Sequence[Part]) -> list[Part]:
+    """The parts of a number that are kept: those of all terms, each once."""
+    return list(dict.fromkeys(parts))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,8 @@ def matmul(cpu: Cpu, m: int, k: int, n: int, *, bias: bool, finish: Epilogue = P
         x, w, *more, y = kernel.buffers
         b, others = more[:bias], more[bias:]
         right = _rows_of(w)
-        if n > _LONG or 4 * k * n > cpu.cache:
+        several = m > tile_shape(cpu, m, n)[0]
+        if n > _LONG or (several and 4 * k * n > cpu.cache):
             panels = _Panels(cpu, m, n, k)
             for panel, column in panels.each():
                 with serial(k) as depth:

@@ -598,10 +598,14 @@ class _Product:
 
     @property
     def _block(self) -> int:
-        """Tiles transformed at once: more where they all need weights that no cache holds."""
-        many, weights = 4 * _POINTS * self.ci, 4 * _POINTS * self.ci * self.co
-        most = 32 if weights > self.cpu.cache >= 40 * many else 16
-        return largest_divisor(self._tiles, most)
+        """Tiles transformed at once: more where they all need weights that no cache holds, if there
+        is enough for all chunks.
+        """
+        inputs = 4 * _POINTS * self._depth
+        large = inputs * self.co > self.cpu.cache >= 40 * inputs
+        more = largest_divisor(self._tiles, 32)
+        enough = self._tiles // more >= _CHUNKS
+        return more if large and enough else largest_divisor(self._tiles)
 
     @property
     def _chunks(self) -> int:
