@@ -1,5 +1,7 @@
 """Convolutions in tiles: compiled everywhere, and computed where this machine has tiles."""
 
+import re
+
 import numpy as np
 import pytest
 import test_amx
@@ -32,6 +34,8 @@ SHAPES = {
 every_shape = pytest.mark.parametrize("conv", SHAPES.values(), ids=SHAPES)
 TEMPLATES = {"bf16": amx_conv.BF16, "bf16x3": amx_conv.BF16X3}
 templates = pytest.mark.parametrize("templates", TEMPLATES.values(), ids=TEMPLATES)
+# sub rsp, imm32
+FRAME = re.compile(rb"\x48\x81\xec(.{4})", re.DOTALL)
 tiles = pytest.mark.skipif(
     bool(CPU.missing(machine_features())),
     reason=f"this machine lacks {' '.join(CPU.missing(machine_features()))}",
@@ -64,7 +68,10 @@ def test_kernels_compile_for_the_runtime(templates, name):
     assert_runtime_suffices(found, CPU)
     assert workspace_bytes(found, CPU) == 0
     for label, kernel in found.items():
-        assert test_amx.TDPBF16PS.search(kernel_object.build({label: kernel}, CPU)), label
+        code = kernel_object.build({label: kernel}, CPU)
+        assert test_amx.TDPBF16PS.search(code), label
+        # What leaves tiles goes by the stack: a thread's is 256 KiB.
+        assert max(int.from_bytes(size, "little") for size in FRAME.findall(code)) <= 64 << 10
 
 
 @templates
