@@ -254,7 +254,8 @@ HOSTILE = {
     "system call": (30, 0, "attempted a system call"),
     "permitted system call": (31, 0, "attempted a system call"),
     "32-bit system call": (32, 0, "attempted a system call|memory fault"),
-    "sysenter": (33, 0, "attempted a system call|does not have"),
+    # Processors differ: it does not exist in 64-bit code, or its way back leads nowhere.
+    "sysenter": (33, 0, "attempted a system call|does not have|memory fault"),
     "panic": (40, 0, "panicked in thread slot 0"),
     "unknown exit code": (41, 0, "unknown code 0x77"),
     "reply beyond the mailbox": (42, 0, "reply of 1048577 bytes, more than 1048576"),
@@ -363,8 +364,13 @@ def test_tile_registers_are_had_before_the_cell_is_locked(image: Path, backend: 
         with pytest.raises(CellDied, match="this CPU lacks amx_tile, which the image needs"):
             Cell(image, backend=backend, threads=2, features=["amx_tile"])
         pytest.skip("this machine has no AMX: only the refusal was tested")
-    with Cell(image, backend=backend, threads=2, features=["amx_tile"]) as cell:
-        assert cell.pid > 0
+    try:
+        with Cell(image, backend=backend, threads=2, features=["amx_tile"]) as cell:
+            assert cell.pid > 0
+    except CellDied as refusal:
+        if backend != "kvm" or "KVM gives virtual machines no AMX tile" not in str(refusal):
+            raise
+        pytest.skip("KVM gives virtual machines no AMX here: only the refusal was tested")
 
 
 def test_an_unknown_backend(image: Path) -> None:
