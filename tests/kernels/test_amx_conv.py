@@ -200,6 +200,7 @@ def convs(draw):
     )
 
 
+@pytest.mark.slow
 @tiles
 @given(conv=convs(), templates=st.sampled_from(list(TEMPLATES.values())))
 @settings(
