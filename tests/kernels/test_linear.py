@@ -14,15 +14,24 @@ few = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 70))
-# Sizes of layers that people train, and edges: one output, one example, more than one tile.
+# Sizes of layers that people train, and edges: one output, one example, more than one tile, right
+# factors packed in several blocks for several shares of the rows.
 layers = pytest.mark.parametrize(
     ("m", "k", "n"),
-    [(256, 30, 1), (64, 128, 10), (33, 100, 50), (1, 17, 33), (70, 65, 97), (3, 9, 530)],
+    [
+        (256, 30, 1),
+        (64, 128, 10),
+        (33, 100, 50),
+        (1, 17, 33),
+        (70, 65, 97),
+        (3, 9, 530),
+        (95, 150, 600),
+    ],
 )
 
 
 def check_product(cpu, call, m, k, n):
-    x, w, b, d = data(m, k), data(k, n), data(n), data(m, n)
+    x, w, b, d = data(m, k), data(k, n, seed=1), data(n, seed=2), data(m, n, seed=3)
     exact = x.astype(float), w.astype(float), d.astype(float)
     scale = np.abs(exact[0]) @ np.abs(exact[1]) + np.abs(b)
     assert_close(

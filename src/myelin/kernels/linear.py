@@ -1,20 +1,21 @@
 """Linear layers: products of matrices, and norms of their gradients.
 
-All products are one tiled loop (`_product`). A factor is packed before it only where the loop would
-read it badly as it is: that is a pass over memory, and a loop on all threads, more. A tile at the
-edge starts earlier instead of being cut: there is one tile shape a kernel, and what two tiles both
-write is the same bits. Sizes: m examples, k inputs, n outputs.
+All products are tiles in registers (`_Tile`). Where these would read the right factor badly as it
+is, because it is large or must be turned around, each task packs what it reads, a block at a time
+(`_packed_product`). A tile at the edge starts earlier instead of being cut: there is one tile shape
+a kernel, and what two tiles both write is the same bits. Sizes: m examples, k inputs, n outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
 from myelin.kernels.epilogue import PLAIN, Epilogue
+from myelin.kernels.tiles import Tile, grid, largest_divisor, steps
 from myelin.kernels.tir import (
     TINY,
     Kernel,
@@ -23,6 +24,7 @@ from myelin.kernels.tir import (
     load,
     local,
     pieces,
+    prefetch,
     select,
     serial,
     splat,
@@ -41,6 +43,18 @@ _PACKED = 16
 # Numbers of a row from which on columns are packed, as those of large matrices: rows of pages share
 # the same lines of a cache.
 _LONG = 512
+# Depths that are packed together, so that a panel stays in a core's first cache: beside what was
+# prefetched, and alone.
+_PREFETCHED, _DEPTHS = 128, 256
+# Tasks that are enough to keep all threads busy to the end.
+_TASKS = 16
+
+_Left = Callable[[Any, int, Any, Any], Any]
+_Start = Callable[[Any, int], Any]
+
+
+def _zero(_column: Any, lanes: int) -> Any:
+    return splat(0.0, lanes)
 
 
 def matmul(cpu: Cpu, m: int, k: int, n: int, *, bias: bool, finish: Epilogue = PLAIN) -> Any:
@@ -49,23 +63,30 @@ def matmul(cpu: Cpu, m: int, k: int, n: int, *, bias: bool, finish: Epilogue = P
     with Kernel(**shapes, **finish.parameters((m, n)), y=(m, n)) as kernel:
         x, w, *more, y = kernel.buffers
         b, others = more[:bias], more[bias:]
-        right = _rows_of(w)
-        several = m > tile_shape(cpu, m, n)[0]
-        if n > _LONG or (several and 4 * k * n > cpu.cache):
-            panels = _Panels(cpu, m, n, k)
-            for panel, column in panels.each():
-                with serial(k) as depth:
-                    for at, lanes in panels.vectors:
-                        panels.pack(load(w, depth, column + at, lanes=lanes), panel, depth, at)
-            right = panels.read
-        _product(
-            cpu,
-            (m, n, k),
-            left=lambda _, r, row, depth: load(x, row + r, depth),
-            right=right,
-            start=lambda column, lanes: load(b[0], column, lanes=lanes) if b else splat(0.0, lanes),
-            write=finish.into(y, others),
-        )
+        extents, write = (m, n, k), finish.into(y, others)
+
+        def start(column: Any, lanes: int) -> Any:
+            return load(b[0], column, lanes=lanes) if b else splat(0.0, lanes)
+
+        def left(_tile: Any, r: int, row: Any, depth: Any) -> Any:
+            return load(x, row + r, depth)
+
+        def right(_panel: Any, column: Any, depth: Any, at: int, lanes: int) -> Any:
+            return load(w, depth, column + at, lanes=lanes)
+
+        def pack(panel: _Panel, first: Any, size: int) -> None:
+            with serial(size) as depth:
+                for at, lanes in panel.vectors:
+                    panel.put(load(w, first + depth, panel.column + at, lanes=lanes), depth, at)
+                    if size < k:  # No cache has what comes next, and its lines lie far apart.
+                        prefetch(w, T.min(first + depth + size, k - 1), panel.column + at)
+
+        if n > _LONG or 4 * k * n > cpu.cache:
+            _packed_product(
+                cpu, extents, left=left, pack=pack, start=start, write=write, depths=_PREFETCHED
+            )
+        else:
+            _product(cpu, extents, left=left, right=right, start=start, write=write)
     return kernel.function
 
 
@@ -73,18 +94,20 @@ def backward_data(cpu: Cpu, m: int, k: int, n: int, *, finish: Epilogue = PLAIN)
     """d[m, n], w[k, n], others[m, k]… → dx[m, k] = d @ wᵀ, finished."""
     with Kernel(d=(m, n), w=(k, n), **finish.parameters((m, k)), dx=(m, k)) as kernel:
         d, w, *others, dx = kernel.buffers
-        panels = _Panels(cpu, m, k, n)
-        for panel, column in panels.each():
-            for first, size in blocks(n, cpu.lanes):
-                for at, lanes in panels.vectors:
-                    rows = [load(w, column + at + i, first, lanes=size) for i in range(lanes)]
-                    for i, value in enumerate(transposed(rows)):
-                        panels.pack(value, panel, first + i, at)
-        _product(
+
+        def pack(panel: _Panel, first: Any, size: int) -> None:
+            for near, depths in blocks(size, cpu.lanes):
+                for at, lanes in panel.vectors:
+                    rows = [panel.column + at + i for i in range(lanes)]
+                    read = [load(w, row, first + near, lanes=depths) for row in rows]
+                    for i, value in enumerate(transposed(read)):
+                        panel.put(value, near + i, at)
+
+        _packed_product(
             cpu,
             (m, k, n),
-            left=lambda _, r, row, depth: load(d, row + r, depth),
-            right=panels.read,
+            left=lambda _tile, r, row, depth: load(d, row + r, depth),
+            pack=pack,
             write=finish.into(dx, others),
         )
     return kernel.function
@@ -95,28 +118,30 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
 
     Examples with c_i = 0 add exactly zero, whatever x_i and d_i hold.
     """
-    rows, _ = tile_shape(cpu, k, n)
+    rows, width = tile_shape(cpu, k, n)
     with Kernel(x=(m, k), d=(m, n), c=(m,), g=(k, n)) as kernel:
         x, d, c, g = kernel.buffers
         # Whole vectors of kept inputs serve two tiles where they can.
         wide = cpu.lanes if k % cpu.lanes == 0 and cpu.lanes % rows == 0 else rows
         strips = -(-k // wide)
         kept = workspace(strips, m, wide)
-        panels = _Panels(cpu, k, n, m)
+        panels, vectors_wide = -(-n // width), pieces(width, cpu.lanes)
+        packed = workspace(panels, m, width)
         # By strips, as tiles are dealt out below: what a thread packs, it needs itself.
         with tasks(strips, m * strips) as strip, serial(m) as i:
             for at, lanes in pieces(wide, cpu.lanes):
                 column = tile_start(strip, wide, k) + at
                 counted = if_counted(load(c, i), load(x, i, column, lanes=lanes), lanes)
                 store(kept, counted, strip, i, at)
-        work = m * panels.count * len(panels.vectors)
+        work = m * panels * len(vectors_wide)
         for first, size in blocks(m, _PACKED, lambda extent: tasks(extent, work)):
-            with serial(panels.count) as panel, serial(size) as i:
+            with serial(panels) as panel, serial(size) as i:
                 weight = load(c, first + i)
-                for at, lanes in panels.vectors:
-                    value = load(d, first + i, panels.start(panel) + at, lanes=lanes)
+                for at, lanes in vectors_wide:
+                    column = tile_start(panel, width, n) + at
+                    value = load(d, first + i, column, lanes=lanes)
                     counted = if_counted(weight, splat(weight, lanes) * value, lanes)
-                    panels.pack(counted, panel, first + i, at)
+                    store(packed, counted, panel, first + i, at)
         share = wide // rows
         _product(
             cpu,
@@ -124,7 +149,9 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
             left=lambda tile, r, _, example: load(
                 kept, tile // share, example, tile % share * rows + r
             ),
-            right=panels.read,
+            right=lambda panel, _, example, at, lanes: load(
+                packed, panel, example, at, lanes=lanes
+            ),
             write=PLAIN.into(g, []),
             chain=EXAMPLES,
             by_rows=True,
@@ -212,9 +239,9 @@ def _product(
     cpu: Cpu,
     extents: tuple[int, int, int],
     *,
-    left: Callable[[Any, int, Any, Any], Any],
+    left: _Left,
     right: Callable[[Any, Any, Any, int, int], Any],
-    start: Callable[[Any, int], Any] = lambda _column, lanes: splat(0.0, lanes),
+    start: _Start = _zero,
     write: Callable[..., None],
     chain: int | None = None,
     by_rows: bool = False,
@@ -229,79 +256,107 @@ def _product(
     rows, columns, depth = extents
     tile_rows, width = tile_shape(cpu, rows, columns)
     row_tiles, panels = -(-rows // tile_rows), -(-columns // width)
-    vectors_wide = pieces(width, cpu.lanes)
+    wide = pieces(width, cpu.lanes)
     chain = min(chain or depth, depth)
 
-    with tasks(panels * row_tiles, rows * panels * len(vectors_wide) * depth) as task:
+    with tasks(panels * row_tiles, rows * panels * len(wide) * depth) as task:
         if by_rows:
             tile, panel = task // panels, task % panels
         else:
             panel, tile = task // row_tiles, task % row_tiles
         column, row = tile_start(panel, width, columns), tile_start(tile, tile_rows, rows)
-        sums = [local(width) for _ in range(tile_rows)]
-        totals = [local(width) for _ in range(tile_rows)] if chain < depth else sums
-
-        for r in range(tile_rows):
-            for offset, lanes in vectors_wide:
-                store(totals[r], start(column + offset, lanes), offset)
+        totals = _tile(tile_rows, wide)
+        for r, v, at, lanes in totals.cells():
+            totals.set(r, v, start(column + at, lanes))
         for first, size in blocks(depth, chain):
-            if totals is not sums:
+            sums = _tile(tile_rows, wide) if chain < depth else totals
+            for (near,) in steps(size):
+                sums.add_outer(
+                    [left(tile, r, row, first + near) for r in range(tile_rows)],
+                    [right(panel, column, first + near, at, lanes) for at, lanes in wide],
+                )
+            if sums is not totals:
+                for r, v, _, _ in totals.cells():
+                    totals.add(r, v, sums.get(r, v))
+        for r, v, at, _ in totals.cells():
+            write(totals.get(r, v), row + r, column + at)
+
+
+def _packed_product(
+    cpu: Cpu,
+    extents: tuple[int, int, int],
+    *,
+    left: _Left,
+    pack: Callable[[_Panel, Any, int], None],
+    start: _Start = _zero,
+    write: Callable[..., None],
+    depths: int = _DEPTHS,
+) -> None:
+    """The same where every task packs what it needs of the right factor, `depths` at a time.
+
+    `pack` is asked for a panel from a depth on, for so many: they stay in a core's cache
+    while all its rows go over them, whose sums wait in memory meanwhile.
+    """
+    rows, columns, depth = extents
+    tile_rows, width = tile_shape(cpu, rows, columns)
+    row_tiles, panels = -(-rows // tile_rows), -(-columns // width)
+    wide = pieces(width, cpu.lanes)
+    most = min(depth, depths)
+    # Packing is done again for every share of the rows: little beside a few tiles.
+    shares = largest_divisor(row_tiles, max(1, min(_TASKS // panels, row_tiles // 4)))
+    tiles = row_tiles // shares
+
+    with tasks(panels * shares, rows * panels * len(wide) * depth) as task:
+        column, begin = tile_start(task // shares, width, columns), task % shares * tiles
+        panel = _Panel(column, wide, workspace(most, width))
+        sums = workspace(tiles, tile_rows, width) if most < depth else None
+        if sums is not None:
+            for tile, r in grid(tiles, tile_rows):
+                for at, lanes in wide:
+                    store(sums, start(column + at, lanes), tile, r, at)
+        for first, size in blocks(depth, most):
+            pack(panel, first, size)
+            with serial(tiles) as tile:
+                row = tile_start(begin + tile, tile_rows, rows)
+                here = _tile(tile_rows, wide)
+                for r, v, at, lanes in here.cells():
+                    so_far = load(sums, tile, r, at, lanes=lanes) if sums is not None else None
+                    here.set(r, v, start(column + at, lanes) if so_far is None else so_far)
+                for (near,) in steps(size):
+                    here.add_outer(
+                        [left(begin + tile, r, row, first + near) for r in range(tile_rows)],
+                        [panel.get(near, at, lanes) for at, lanes in wide],
+                    )
+                for r, v, at, _ in here.cells():
+                    if sums is not None:
+                        store(sums, here.get(r, v), tile, r, at)
+                    else:
+                        write(here.get(r, v), row + r, column + at)
+        if sums is not None:
+            with serial(tiles) as tile:
+                row = tile_start(begin + tile, tile_rows, rows)
                 for r in range(tile_rows):
-                    for offset, lanes in vectors_wide:
-                        store(sums[r], splat(0.0, lanes), offset)
-            for near, steps in blocks(size, 4):
-                for step in range(steps):
-                    at = first + near + step
-                    values = [
-                        T.bind(right(panel, column, at, offset, lanes))
-                        for offset, lanes in vectors_wide
-                    ]
-                    for r in range(tile_rows):
-                        factor = left(tile, r, row, at)
-                        for (offset, lanes), value in zip(vectors_wide, values, strict=True):
-                            term = splat(factor, lanes) * value
-                            store(sums[r], load(sums[r], offset, lanes=lanes) + term, offset)
-            if totals is not sums:
-                for r in range(tile_rows):
-                    for offset, lanes in vectors_wide:
-                        more = load(sums[r], offset, lanes=lanes)
-                        store(totals[r], load(totals[r], offset, lanes=lanes) + more, offset)
-        for r in range(tile_rows):
-            for offset, lanes in vectors_wide:
-                write(load(totals[r], offset, lanes=lanes), row + r, column + offset)
+                    for at, lanes in wide:
+                        write(load(sums, tile, r, at, lanes=lanes), row + r, column + at)
 
 
-class _Panels:
-    """The right factor of a product in panels: what a tile reads, depth after depth."""
+class _Panel:
+    """Some depths of some columns of a right factor, as tiles read them: depth after depth."""
 
-    def __init__(self, cpu: Cpu, rows: int, columns: int, depth: int) -> None:
-        self.columns, self.depth = columns, depth
-        _, self.width = tile_shape(cpu, rows, columns)
-        self.count = -(-columns // self.width)
-        self.vectors = pieces(self.width, cpu.lanes)
-        self._packed = workspace(self.count, depth, self.width)
+    def __init__(self, column: Any, vectors: Sequence[tuple[int, int]], packed: Any) -> None:
+        self.column, self.vectors, self._packed = column, vectors, packed
 
-    def each(self) -> Iterator[tuple[Any, Any]]:
-        """(panel, its first column), on all threads if there is much to pack."""
-        with tasks(self.count, self.count * self.depth * len(self.vectors)) as panel:
-            yield panel, self.start(panel)
+    def put(self, value: Any, depth: Any, at: int) -> None:
+        """Keeps a vector, which starts at column `column + at`."""
+        store(self._packed, value, depth, at)
 
-    def start(self, panel: Any) -> Any:
-        """A panel's first column."""
-        return tile_start(panel, self.width, self.columns)
-
-    def pack(self, value: Any, panel: Any, depth: Any, at: int) -> None:
-        """Puts a vector where it belongs."""
-        store(self._packed, value, panel, depth, at)
-
-    def read(self, panel: Any, _column: Any, depth: Any, at: int, lanes: int) -> Any:
-        """What `_product` asks of its right factor."""
-        return load(self._packed, panel, depth, at, lanes=lanes)
+    def get(self, depth: Any, at: int, lanes: int) -> Any:
+        """What was kept there."""
+        return load(self._packed, depth, at, lanes=lanes)
 
 
-def _rows_of(matrix: Any) -> Callable[[Any, Any, Any, int, int], Any]:
-    """A right factor that is read where it is."""
-    return lambda _panel, column, depth, at, lanes: load(matrix, depth, column + at, lanes=lanes)
+def _tile(rows: int, vectors: Sequence[tuple[int, int]]) -> Tile:
+    return Tile(rows, [lanes for _, lanes in vectors])
 
 
 def tile_shape(cpu: Cpu, rows: int, columns: int) -> tuple[int, int]:
