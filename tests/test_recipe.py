@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from myelin import nn, recipe
-from myelin.cpu import LEVELS, Cpu
+from myelin.cpu import LEVELS, Cpu, Precision
 from myelin.errors import ImageInvalid, ImageMismatch, UsageError
 from myelin.image import Image
 from myelin.kernels import object as kernel_object
@@ -131,12 +131,16 @@ def test_another_runtime_is_named(
         recipe.compare(changed, built.image, original=built.image)
 
 
-@pytest.mark.parametrize("cpu", LEVELS, ids=lambda cpu: cpu.level)
-def test_the_same_model_builds_for_every_level(cpu: Cpu, tmp_path: Path) -> None:
-    made = make(tmp_path, cpu=cpu.level)
+@pytest.mark.parametrize(
+    ("level", "precision"), [(cpu.level, p) for cpu in LEVELS for p in cpu.precisions[:2]]
+)
+def test_the_same_model_builds_for_every_level(
+    level: str, precision: Precision, tmp_path: Path
+) -> None:
+    made = make(tmp_path, cpu=level, precision=precision)
     named = made.image.description["cpu"]
-    features = list(cpu.features)
-    assert named == {"level": cpu.level, "features": features, "precision": "float32"}
+    features = list(Cpu.named(level).of(precision).features)
+    assert named == {"level": level, "features": features, "precision": precision}
     assert recipe.rebuild(made.model_path.read_bytes()).measurement == made.image.measurement
 
 
@@ -244,10 +248,11 @@ def test_a_cached_kernel_is_not_compiled_again(
 
 
 def test_progress_names_every_kernel(tmp_path: Path) -> None:
-    stages: list[str] = []
-    made = make(tmp_path, progress=stages.append)
-    for kernel in made.image.description["kernels"]:
-        assert any(kernel["name"] in stage for stage in stages)
+    told: list[tuple[str, int, int]] = []
+    made = make(tmp_path, progress=lambda *stage: told.append(stage))
+    names = [kernel["name"] for kernel in made.image.description["kernels"]]
+    compiled = [stage for stage in told if stage[0].startswith("compile")]
+    assert compiled == [(f"compile kernel {k}", i, len(names)) for i, k in enumerate(names)]
 
 
 def test_a_cache_that_cannot_be_written_stops_no_build(built: recipe.Build, tmp_path: Path) -> None:

@@ -984,6 +984,10 @@ def _track(steps: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def _stages() -> Iterator[Callable[[str], None]]:
-    with _people.status("") as status:
-        yield status.update
+def _stages() -> Iterator[Callable[[str, int, int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=_people, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda stage, done, total: bar.update(
+            task, description=stage, completed=done, total=total
+        )

@@ -10,7 +10,7 @@ Of these only kernels are compiled anew: the runtime is that of the generic leve
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -36,6 +36,8 @@ _BF16 = (
     *("adx", "avx512_bf16", "avx512_bitalg", "avx512_vbmi2", "avx512_vnni", "avx512_vpopcntdq"),
     *("avx512ifma", "avx512vbmi", "gfni"),
 )
+
+_WITH_TILES, _TILES = "sapphirerapids", ("amx_bf16", "amx_int8", "amx_tile")
 
 
 class CpuUnsupported(MyelinError):
@@ -93,6 +95,17 @@ class Cpu:
         """Lists the features of this level that are not among `present`."""
         return tuple(feature for feature in self.features if feature not in present)
 
+    def of(self, precision: Precision) -> Cpu:
+        """Gives what kernels of this precision use of the level.
+
+        Those of float32 use no tile registers, which virtual machines may not have where their
+        processor does.
+        """
+        if precision != "float32":
+            return self
+        used = tuple(name for name in self.features if name not in _TILES)
+        return replace(self, features=used)
+
     @property
     def precisions(self) -> tuple[Precision, ...]:
         """The precisions that kernels of this level can have."""
@@ -105,11 +118,12 @@ class Cpu:
 
         # LLVM prefers 256-bit vectors even where 512-bit ones are faster.
         wide = ["-prefer-256-bit"] if self.lanes == 16 else []
+        unused = set(_TILES).difference(self.features) if self.level == _WITH_TILES else ()
         return Target(
             {
                 "kind": "llvm",
                 "mcpu": self.level,
-                "mattr": wide,
+                "mattr": [*wide, *(f"-{name.replace('_', '-')}" for name in sorted(unused))],
                 "mtriple": "x86_64-unknown-linux-gnu",
             }
         )
@@ -118,10 +132,8 @@ class Cpu:
 # Best first. The families have no order: each lacks something of the other.
 LEVELS = (
     Cpu(
-        level="sapphirerapids",
-        features=tuple(
-            sorted((*_BF16, "amx_bf16", "amx_int8", "amx_tile", "avx512_fp16", "avx_vnni"))
-        ),
+        level=_WITH_TILES,
+        features=tuple(sorted((*_BF16, *_TILES, "avx512_fp16", "avx_vnni"))),
         lanes=16,
         runtime="x86-64-v4",
         cache=2 << 20,

@@ -43,7 +43,8 @@ MOST_HEAP = 60 << 30
 """Between the image and the mailbox (docs/image.md)."""
 FLOAT32 = Features()
 
-Progress = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+"""Told what is done now, and that it is number `done` (from 0) of `total` like it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,14 +148,14 @@ def build(
     threads: int = 2,
     cache: Cache | None = None,
     dump: Path | None = None,
-    progress: Progress = lambda stage: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> Build:
     """Compiles a model into an image under `directory`.
 
     `source` is a `torch.nn.Module`, the path of an ONNX file, a layer of `myelin.nn`, or a Relax
     module; `example` one input with a leading batch axis, float32. `cache` keeps
     compiled kernels between builds; `dump` receives the IR after each pass; `progress` is told each
-    stage's name.
+    stage, and each kernel's name.
 
     Raises `UsageError` for settings out of range, `ModelRefused` and `UnsupportedLayer` for a model
     that cannot be trained privately, `BuildFailed` when the linker refuses.
@@ -171,7 +172,7 @@ def build(
         precision=precision,
         threads=threads,
     )
-    progress("import the model")
+    progress("import the model", 0, 1)
     model = load(source, example)
     document = _model_file(model, recipe)
     image = _compile(model, recipe, document, cache=cache, dump=dump, progress=progress)
@@ -183,7 +184,7 @@ def build(
     return result
 
 
-def rebuild(document: bytes, *, progress: Progress = lambda stage: None) -> Image:
+def rebuild(document: bytes, *, progress: Progress = lambda stage, done, total: None) -> Image:
     """Builds the image again from the bytes of a model file, with nothing from an earlier build.
 
     Raises `UsageError` and `ModelRefused` for a file that is not one, and what `build` raises.
@@ -256,8 +257,8 @@ def _compile(
     dump: Path | None,
     progress: Progress,
 ) -> Image:
-    cpu = Cpu.named(recipe.cpu)
-    progress("derive the private training graph")
+    cpu = Cpu.named(recipe.cpu).of(recipe.precision)
+    progress("derive the private training graph", 0, 1)
     program = compile_training(
         model,
         loss=recipe.loss,
@@ -279,15 +280,15 @@ def _compile(
     runtime = native_file(f"libmyelin_enclave-{cpu.runtime}.a").read_bytes()
     sizes = {"heap": heap, "workspace": workspace}
     description = encode(_describe(program, recipe, cpu, document, kernels, runtime, sizes))
-    progress("link the image")
+    progress("link the image", 0, 1)
     return Image(content=_link(program, recipe, kernels, runtime, description, heap))
 
 
 def _objects(program: Program, cpu: Cpu, cache: Cache | None, progress: Progress) -> list[bytes]:
     """An object file of each kernel, in the order of the description."""
     objects = []
-    for number, (name, kernel) in enumerate(program.kernels.items(), 1):
-        progress(f"compile kernel {number} of {len(program.kernels)}, {name}")
+    for number, (name, kernel) in enumerate(program.kernels.items()):
+        progress(f"compile kernel {name}", number, len(program.kernels))
         if cache is None:
             objects.append(kernel_object.build({name: kernel}, cpu))
         else:

@@ -27,11 +27,19 @@ def test_better_level_has_all_features_of_the_generic_ones():
     assert amd - intel == {"sse4a"}
 
 
+def test_kernels_of_float32_ask_for_no_tile_registers():
+    for cpu in LEVELS:
+        assert set(cpu.features) - set(cpu.of("float32").features) == {
+            name for name in cpu.features if name.startswith("amx_")
+        }
+        assert all(cpu.of(precision) == cpu for precision in ("bf16", "bf16x3"))
+
+
 def test_runtime_of_a_level_uses_no_feature_that_the_level_lacks():
     for cpu in LEVELS:
         runtime = Cpu.named(cpu.runtime)
         assert runtime.runtime == runtime.level
-        assert set(runtime.features) <= set(cpu.features)
+        assert set(runtime.features) <= set(cpu.of("float32").features)
 
 
 # What compiled kernels may contain, as LLVM names it; its other names are instructions for
@@ -48,7 +56,10 @@ _NAMES = {"lzcnt": "abm", "sha": "sha_ni", "bmi": "bmi1", "pclmul": "pclmulqdq"}
 }
 
 
-@pytest.mark.parametrize("cpu", LEVELS, ids=lambda cpu: cpu.level)
+USED = [cpu.of(precision) for cpu in LEVELS for precision in cpu.precisions[:2]]
+
+
+@pytest.mark.parametrize("cpu", USED, ids=lambda cpu: f"{cpu.level}-{len(cpu.features)}")
 def test_features_are_all_that_the_compiler_may_use(cpu):
     """Against LLVM's own list of what its target has."""
     target = cpu.target
