@@ -207,7 +207,7 @@ def _in_tiles(conv: Conv, algorithm: Algorithm, kind: Product | Literal["squared
         algorithm,
         tiles=counted.products,
         steps=counted.others,
-        # A line is read before it is written, and takes another's place. The counts of direct and
+        # Measured when a line was read before it was written. The counts of direct and
         # Winograd gradients have what that takes in their other instructions.
         cold=3 * stored,
         scratch=counted.scratch,

@@ -4,7 +4,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import LEVELS
-from myelin.kernels import bf16
+from myelin.kernels import bf16, stream
 from myelin.kernels.bounds import BoundsError, prove
 from myelin.kernels.tir import Kernel, load, local, prefetch, serial, splat, store
 
@@ -105,8 +105,8 @@ def bound_data(x, y, i):
         (foreign_function, "getpid", "function is not one of ours"),
         (
             lambda x, y, i: T.evaluate(T.call_extern("int32", "puts", x.data)),
-            "tirx.call_extern",
-            "call is not one that computes a value",
+            "puts",
+            "function is not one of ours",
         ),
         (
             lambda x, y, i: T.evaluate(T.address_of(x[20])),
@@ -121,6 +121,61 @@ def test_access_that_is_not_shown_inside_is_refused_by_name(body, buffer, found)
     assert refused.value.kernel == "wild"
     assert refused.value.buffer == buffer
     assert found in refused.value.range
+
+
+def line(buffer, at, lanes=16):
+    T.evaluate(T.call_extern("int32", stream.LINE, T.address_of(buffer[at]), splat(0.0, lanes)))
+
+
+@pytest.mark.parametrize(
+    ("body", "buffer", "found"),
+    [
+        (lambda x, y, i: line(y, i * 16), "y", "reaches 0 … 1008"),
+        (lambda x, y, i: line(y, i % 4 * 8), "y", "not shown to begin a line"),
+        (lambda x, y, i: line(y, 3), "y", "not shown to begin a line"),
+        (lambda x, y, i: line(y, 0, 8), "y", "moves 8 lanes at 16 places"),
+        (lambda x, y, i: line(y, T.Cast("int32", load(x, i))), "y", "depends on data"),
+        (lambda x, y, i: line(local(64), 0), "(local)", "is no argument"),
+        (
+            lambda x, y, i: T.evaluate(T.call_extern("int32", stream.LINE, i, splat(0.0, 16))),
+            stream.LINE,
+            "function is not one of ours",
+        ),
+        (
+            lambda x, y, i: T.evaluate(T.call_extern("int32", stream.END, i)),
+            stream.END,
+            "function is not one of ours",
+        ),
+    ],
+)
+def test_lines_past_the_caches_begin_where_lines_do(body, buffer, found):
+    def good(x, y, i):
+        line(y, i % 4 * 16)
+        T.evaluate(T.call_extern("int32", stream.END))
+
+    prove(kernel(good, rows=64))
+    with pytest.raises(BoundsError, match=r"kernel wild") as refused:
+        prove(kernel(body, rows=64), "wild")
+    assert refused.value.buffer == buffer
+    assert found in refused.value.range
+
+
+def test_rows_that_are_no_lines_begin_none():
+    def body(x, y, i):
+        line(y, 0)
+
+    with pytest.raises(BoundsError, match="begin a line"):
+        prove(kernel(body, rows=40), "wild")
+
+
+def foreign_stream(x, y, i):
+    with T.attr(T.int32(0), "pragma_import_llvm", stream.WORDS.replace("64", "4")):
+        store(y, load(x, i), i)
+
+
+def test_other_words_of_streams_are_refused():
+    with pytest.raises(BoundsError, match="not one that this proof understands"):
+        prove(kernel(foreign_stream), "wild")
 
 
 def test_both_values_of_a_select_are_checked():

@@ -37,6 +37,7 @@ from myelin.kernels.epilogue import PLAIN, Epilogue
 from myelin.kernels.factors import ROUNDED, Factor, Part, Split, kept_once
 from myelin.kernels.functions import is_finite
 from myelin.kernels.linear import tile_start
+from myelin.kernels.stream import Stream
 from myelin.kernels.tiles import (
     SquaredNorm,
     add_shares,
@@ -131,17 +132,17 @@ class TileConv:
 
         s_i = ‖g_i‖² of the very numbers that are stored.
         """
-        del cpu
         gradient = _Gradient.one_by_one(self.split, conv)
+        later = Stream(cpu, n=conv.n, numbers=conv.weights, channels=conv.co)
         results = {"g": (conv.n, conv.weights), "s": (conv.n,)}
         shapes = {**gradient.images, **gradient.scratch, **results}
-        with Kernel(**shapes) as kernel, words(), tile_words():
+        with Kernel(**shapes) as kernel, words(), tile_words(), later.scope():
             x, d, *scratch, g, s = kernel.buffers
 
             def keep(i: Any, at: Any, value: Any) -> None:
-                store(g, value, i, at)
+                later.store(g, value, i, at)
 
-            gradient.norms(x, d, scratch, s, keep)
+            gradient.norms(x, d, scratch, s, keep, later.end)
         return kernel.function
 
     def squared_norm(self, cpu: Cpu, conv: Conv) -> Any:
@@ -582,8 +583,12 @@ class _Gradient:
         scratch: Sequence[Any],
         s: Any,
         keep: Callable[[Any, Any, Any], None] | None = None,
+        end: Callable[[], None] = lambda: None,
     ) -> None:
-        """Finds the gradients one after the other and their squared norms; keep(i, at, values)."""
+        """Finds the gradients one after the other and their squared norms.
+
+        keep(i, at, values) is told of each, then `end` of its end.
+        """
         conv = self.conv
         for chunk, i in shares(conv.n, self.chunks):
             self.pack(x, d, scratch, chunk, i)
@@ -596,6 +601,7 @@ class _Gradient:
                                 keep(i, at + row * conv.co, value)
                         add(0, values)
             norm.store(s, i, conv.weights)
+            end()
 
     def runs(self, totals: Any) -> Iterator[tuple[Any, Any, int]]:
         """(chunk, first example, examples) of sums; each chunk first clears its total."""

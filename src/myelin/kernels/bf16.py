@@ -24,7 +24,7 @@ from tvm.script.ir_builder import tirx as T
 
 from myelin.kernels.functions import is_nan
 from myelin.kernels.tiles import Tile
-from myelin.kernels.tir import joined, select, splat
+from myelin.kernels.tir import joined, llvm, select, splat
 
 FEATURE = "avx512_bf16"
 LANES = 16
@@ -104,7 +104,6 @@ define internal <256 x float> @bf16_tile_numbers(<256 x float> %sum)
 TILE = 256
 """Lanes of a tile: 16 rows of 16."""
 
-PRAGMA = "pragma_import_llvm"
 TEXTS = frozenset({WORDS, TILE_WORDS})
 NAMES = frozenset(
     {
@@ -116,12 +115,12 @@ NAMES = frozenset(
 
 def words() -> Any:
     """The scope in which the functions of vectors below may be called."""
-    return T.attr(T.int32(0), PRAGMA, WORDS)
+    return llvm(WORDS)
 
 
 def tile_words() -> Any:
     """The scope of functions of tiles: products, and the numbers that become of them."""
-    return T.attr(T.int32(0), PRAGMA, TILE_WORDS)
+    return llvm(TILE_WORDS)
 
 
 def dot(total: Any, a: Any, b: Any) -> Any:

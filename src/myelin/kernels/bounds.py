@@ -6,8 +6,10 @@ loop variables only and lie in the buffer's shape for all their values. Control 
 on data either. Anything that is not understood is refused.
 
 The words of `myelin.kernels.bf16` are accepted in LLVM's language, these very bytes: they compute
-values from values. The proof is about TIR as the template wrote it; that TVM and LLVM compile it
-faithfully is trusted.
+values from values. So are those of `myelin.kernels.stream`, of which one stores a whole line: that
+is in bounds like any other store, and begins where a line of an argument does, or the processor
+would stop. The proof is about TIR as the template wrote it; that TVM and LLVM compile it faithfully
+is trusted.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from tvm.sym import Analyzer
 from tvm.tirx.buffer import is_buffer_var
 
 from myelin.errors import MyelinError
-from myelin.kernels import bf16
-from myelin.kernels.tir import walk
+from myelin.kernels import bf16, stream
+from myelin.kernels.tir import PRAGMA, walk
 
 # Index arithmetic is done in 32 bits.
 _LARGEST = 2**31 - 1
@@ -37,7 +39,11 @@ _PURE = frozenset(
 )
 
 
-_PREFETCH, _ADDRESS_OF = (Op.get(f"tirx.{name}") for name in ("prefetch", "address_of"))
+_PREFETCH, _ADDRESS_OF, _EXTERN = (
+    Op.get(f"tirx.{name}") for name in ("prefetch", "address_of", "call_extern")
+)
+# What may stand in LLVM's language.
+_TEXTS = bf16.TEXTS | {stream.WORDS}
 
 
 class BoundsError(MyelinError):
@@ -62,7 +68,7 @@ def prove(function: Any, name: str | None = None) -> None:
     """
     attributes = function.attrs
     symbol = attributes["global_symbol"] if attributes and "global_symbol" in attributes else None
-    proof = _Proof(name or str(symbol or "(unnamed)"))
+    proof = _Proof(name or str(symbol or "(unnamed)"), list(function.params))
     for parameter in function.params:
         if not is_buffer_var(parameter):
             raise BoundsError(proof.kernel, parameter.name, "", "parameter is not a buffer")
@@ -73,8 +79,8 @@ def prove(function: Any, name: str | None = None) -> None:
 class _Proof:
     """Walks one kernel in program order, keeping what is known of its variables."""
 
-    def __init__(self, kernel: str) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: str, arguments: list[Any]) -> None:
+        self.kernel, self.arguments = kernel, arguments
         self._analyzer = Analyzer()
         self._data: list[Any] = []
         self._shapes: list[tuple[Any, tuple[int, ...]]] = []
@@ -115,9 +121,11 @@ class _Proof:
                 self._access(node.buffer, node.indices, _lanes(node.value))
             case "Evaluate" if getattr(node.value, "op", None) == _PREFETCH:
                 self._prefetch(node.value)
+            case "Evaluate" if getattr(node.value, "op", None) == _EXTERN:
+                self._stream(node.value)
             case "Evaluate":
                 self.expression(node.value)
-            case "AttrStmt" if node.attr_key == bf16.PRAGMA and _text(node.value) in bf16.TEXTS:
+            case "AttrStmt" if node.attr_key == PRAGMA and _text(node.value) in _TEXTS:
                 self.statement(node.body)
             case kind:
                 raise self._refusal(kind, "", "statement is not one that this proof understands")
@@ -170,6 +178,26 @@ class _Proof:
         if not known or len(taken) != 1 or not isinstance(taken[0], TensorLoad):
             raise self._refusal("tirx.prefetch", node, "is not of an element")
         self.expression(taken[0])
+
+    def _stream(self, node: Any) -> None:
+        """A line that is stored past the caches, or the end of some."""
+        match [_text(node.args[0]), *node.args[1:]]:
+            case [stream.END]:
+                return
+            case [stream.LINE, address, value] if getattr(address, "op", None) == _ADDRESS_OF:
+                taken = list(address.args)
+            case [name, *_]:
+                raise self._refusal(name, node, "function is not one of ours")
+        if len(taken) != 1 or not isinstance(taken[0], TensorLoad):
+            raise self._refusal(stream.LINE, node, "is not of an element")
+        buffer, (*outer, last) = taken[0].source, taken[0].indices
+        self.expression(value)
+        self._access(buffer, [*outer, tirx.Ramp(last, 1, stream.LANES)], _lanes(value))
+        if not any(buffer.same_as(argument) for argument in self.arguments):
+            raise self._refusal(buffer, last, "is no argument, whose lines are known")
+        row, start = self._shape(buffer)[-1], self._analyzer.modular_set(last)
+        if row % stream.LANES or start.coeff % stream.LANES or start.base % stream.LANES:
+            raise self._refusal(buffer, last, "is not shown to begin a line")
 
     def _access(self, buffer: Any, indices: Any, lanes: int) -> None:
         shape = self._shape(buffer)

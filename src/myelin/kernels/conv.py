@@ -45,6 +45,7 @@ from myelin.cpu import Cpu
 from myelin.kernels.epilogue import PLAIN, Epilogue
 from myelin.kernels.functions import is_finite
 from myelin.kernels.gram import gram_kappa, gram_norm
+from myelin.kernels.stream import Stream
 from myelin.kernels.tiles import (
     MOST_SQUARES,
     Segment,
@@ -214,7 +215,8 @@ def stored_gradient(cpu: Cpu, conv: Conv) -> Any:
     g_i is the gradient of example i, laid out as the weight; s_i = ‖g_i‖² of these very numbers.
     """
     results = {"g": (conv.n, conv.weights), "s": (conv.n,)}
-    with Kernel(xp=_padded(conv), d=_output(conv), **results) as kernel:
+    later = Stream(cpu, n=conv.n, numbers=conv.weights, channels=conv.co)
+    with Kernel(xp=_padded(conv), d=_output(conv), **results) as kernel, later.scope():
         xp, d, g, s = kernel.buffers
         with T.parallel(conv.n) as i:
             norm = SquaredNorm()
@@ -226,10 +228,11 @@ def stored_gradient(cpu: Cpu, conv: Conv) -> Any:
                         for row, vector, offset, _ in tile.cells():
                             v, c = taps[row]
                             at = flat(conv, kh, kw + v, ci + c, co + offset)
-                            store(g, tile.get(row, vector), i, at)
+                            later.store(g, tile.get(row, vector), i, at)
                         for vector, column in tile.columns():
                             add(vector, column)
             norm.store(s, i, conv.weights)
+            later.end()
     return kernel.function
 
 

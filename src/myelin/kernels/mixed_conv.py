@@ -24,6 +24,7 @@ from myelin.kernels import winograd
 from myelin.kernels.bf16 import LANES, add_outer, filled, neighbours, pairs, words
 from myelin.kernels.epilogue import PLAIN, Epilogue
 from myelin.kernels.operands import BF16
+from myelin.kernels.stream import Stream
 from myelin.kernels.tiles import SquaredNorm, Tile, grid, segments, steps
 from myelin.kernels.tir import Kernel, blocks, load, local, serial, splat, store
 from myelin.kernels.window import Conv, Product
@@ -197,7 +198,9 @@ def stored_gradient(cpu: Cpu, conv: Conv) -> Any:
         "inputs": ((conv.n, conv.hp, _whole(row)), "int32"),
         "adjoints": ((conv.n, -(-conv.oh // 2), conv.ow, _whole(conv.co)), "int32"),
     }
-    with Kernel(**shapes, g=(conv.n, conv.weights), s=(conv.n,)) as kernel, words():
+    later = Stream(cpu, n=conv.n, numbers=conv.weights, channels=conv.co)
+    results = {"g": (conv.n, conv.weights), "s": (conv.n,)}
+    with Kernel(**shapes, **results) as kernel, words(), later.scope():
         xp, d, inputs, adjoints, g, s = kernel.buffers
         with T.parallel(conv.n) as i:
             for first, count, both in _row_pairs(conv.hp, sh):
@@ -240,10 +243,11 @@ def stored_gradient(cpu: Cpu, conv: Conv) -> Any:
                         for at, vector, offset, _ in tile.cells():
                             v, c = taps[at]
                             place = plain.flat(conv, kh, kw + v, ci + c, co + offset)
-                            store(g, tile.get(at, vector, lanes[vector]), i, place)
+                            later.store(g, tile.get(at, vector, lanes[vector]), i, place)
                         for vector, column in tile.columns():
                             add(vector, column)
             norm.store(s, i, conv.weights)
+            later.end()
     return kernel.function
 
 

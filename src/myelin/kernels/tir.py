@@ -105,6 +105,14 @@ def prefetch(buffer: Any, *index: Any) -> None:
     T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, reads, level, data))
 
 
+PRAGMA = "pragma_import_llvm"
+
+
+def llvm(text: str) -> Any:
+    """The scope in which the functions of a text in LLVM's language may be called."""
+    return T.attr(T.int32(0), PRAGMA, text)
+
+
 def splat(value: Any, lanes: int) -> Any:
     """Repeats a number or a scalar expression in a vector."""
     if isinstance(value, int | float):

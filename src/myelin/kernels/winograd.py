@@ -31,6 +31,7 @@ from myelin.cpu import Cpu
 from myelin.kernels.epilogue import PLAIN, Epilogue
 from myelin.kernels.functions import is_finite
 from myelin.kernels.operands import FLOAT32, Operands
+from myelin.kernels.stream import Stream
 from myelin.kernels.tiles import (
     SquaredNorm,
     Tile,
@@ -164,8 +165,10 @@ def stored_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> An
     s_i = ‖g_i‖² of the very numbers that are stored.
     """
     gradient = _each(cpu, conv, operands)
+    later = Stream(cpu, n=conv.n, numbers=conv.weights, channels=conv.co)
     results = {"g": (conv.n, conv.weights), "s": (conv.n,)}
-    with Kernel(**gradient.images, **gradient.scratch, **results) as kernel, operands.scope():
+    shapes = {**gradient.images, **gradient.scratch, **results}
+    with Kernel(**shapes) as kernel, operands.scope(), later.scope():
         x, d, *scratch, g, s = kernel.buffers
         for chunk, i in shares(conv.n, gradient.chunks):
             gradient.inputs(x, scratch, chunk, i)
@@ -176,9 +179,10 @@ def stored_gradient(cpu: Cpu, conv: Conv, *, operands: Operands = FLOAT32) -> An
                     for part in gradient.parts(group):
                         for row, v, offset, _, taps in gradient.taps(scratch, chunk, chunk, part):
                             for tap, value in enumerate(taps):
-                                store(g, value, i, _weight(conv, tap, part, row, offset))
+                                later.store(g, value, i, _weight(conv, tap, part, row, offset))
                             add(v, taps)
             norm.store(s, i, conv.weights)
+            later.end()
     return kernel.function
 
 
