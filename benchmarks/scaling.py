@@ -26,6 +26,8 @@ from benchmarks.step import Run, build
 
 MODEL = "mnist_cnn"
 BATCHES = (16, 32, 64, 128, 256, 512, 1024)
+PHYSICAL = 256
+"""Examples that are computed at once, at most: a larger batch is several of these."""
 WIDTHS = (0.5, 1, 2, 4)
 
 
@@ -34,6 +36,7 @@ class Point:
     """One image, measured."""
 
     x: float
+    physical: int
     weights: int
     ms: float
     per_second: float
@@ -53,9 +56,19 @@ def main() -> None:
 def section(model: str, seconds: float, folder: Path) -> Section:
     """Tables and a picture over batch, at width 1, and over width, at the model's own batch."""
     case, layers = case_named(model), WIDENED[model]
-    batches = [measure(dataclasses.replace(case, batch=batch), batch, seconds) for batch in BATCHES]
+
+    def over_batch(batch: int, physical: int) -> Point:
+        return measure(dataclasses.replace(case, batch=physical), batch, batch, seconds)
+
+    batches = [over_batch(batch, min(batch, PHYSICAL)) for batch in BATCHES]
+    whole = [over_batch(batch, batch) for batch in BATCHES if batch > PHYSICAL]
     widths = [
-        measure(dataclasses.replace(case, layers=partial(layers, width=width)), width, seconds)
+        measure(
+            dataclasses.replace(case, layers=partial(layers, width=width)),
+            width,
+            case.batch,
+            seconds,
+        )
         for width in WIDTHS
     ]
     report.say("")
@@ -74,27 +87,36 @@ def section(model: str, seconds: float, folder: Path) -> Section:
         title="Scaling",
         text=(
             f"{case.name}, private training in the cell, everything a step does; peak memory is "
-            "that of the cell's process, with the records of one batch. Width multiplies channels "
+            "that of the cell's process, with the records of one batch. At most "
+            f"{PHYSICAL} examples are computed at once, which an image's `batch` says: a larger "
+            "batch is several physical ones, whose sums are added in float64; the last table has "
+            "large batches computed at once, whose activations leave the caches. Width multiplies "
+            "channels "
             f"and hidden units, at batch {case.batch}: weights, and so the work of an example, "
             "grow with its square."
         ),
-        tables=[table("batch", batches), table("width", widths)],
+        tables=[
+            table("batch", batches),
+            table("width", widths),
+            table("batch, computed at once", whole),
+        ],
         pictures=[("Scaling over batch and width", picture)],
     )
 
 
-def measure(case: Case, x: float, seconds: float) -> Point:
-    """Builds an image and trains in it, records = batch."""
-    report.say(f"{case.name}: batch {case.batch}, point {x:g}")
+def measure(case: Case, x: float, batch: int, seconds: float) -> Point:
+    """Builds an image for physical batches of the case and trains in it, records = batch."""
+    report.say(f"{case.name}: batch {batch}, {case.batch} at once, point {x:g}")
     with tempfile.TemporaryDirectory() as name:
-        built = build(case, case.batch, Path(name))
-        run = Run(built, case, case.batch, "process").load()
+        built = build(case, batch, Path(name))
+        run = Run(built, case, batch, "process", sampled=batch).load()
         median = statistics.median(machine.undisturbed(partial(run.times, seconds), seconds))
         point = Point(
             x=x,
+            physical=case.batch,
             weights=built.weights.size,
             ms=1e3 * median,
-            per_second=case.batch / median,
+            per_second=batch / median,
             mib=peak_mib(run.cell.pid),
         )
         run.cell.close()
@@ -111,6 +133,7 @@ def table(what: str, points: list[Point]) -> Table:
     rows: list[tuple[Any, ...]] = [
         (
             f"{point.x:g}",
+            f"{point.physical}",
             f"{point.weights:,}",
             f"{point.ms:.2f}",
             f"{point.per_second:,.0f}",
@@ -119,7 +142,7 @@ def table(what: str, points: list[Point]) -> Table:
         )
         for point in points
     ]
-    columns = (what, "weights", "ms", "examples/s", "µs an example", "peak MiB")
+    columns = (what, "physical batch", "weights", "ms", "examples/s", "µs an example", "peak MiB")
     return Table(title=f"Over {what}", columns=columns, rows=rows, words=0)
 
 

@@ -66,14 +66,22 @@ def build(
 class Run:
     """An instance of an image, launched as far as its first evidence; `load` gives it records."""
 
-    def __init__(self, built: recipe.Build, case: Case, records: int, backend: str) -> None:
+    def __init__(
+        self,
+        built: recipe.Build,
+        case: Case,
+        records: int,
+        backend: str,
+        sampled: int | None = None,
+    ) -> None:
+        """`sampled` records take part in a step, those of one physical batch unless stated."""
         self.case, self.records = case, records
         self.built, self.owner = built, myelin.Party.generate("owner")
         privacy = myelin.Privacy.for_records(
             records,
             noise_multiplier=1000.0,
             max_grad_norm=1.0,
-            sample_rate=case.batch / records,
+            sample_rate=(sampled or case.batch) / records,
             steps=MOST_STEPS,
             delta=1e-5,
         )

@@ -436,9 +436,9 @@ def test_width_one_is_the_model_of_the_tables(name) -> None:
 
 
 def test_a_scaling_table_counts_time_by_example() -> None:
-    point = scaling.Point(x=0.5, weights=1000, ms=4.0, per_second=2000.0, mib=3.0)
+    point = scaling.Point(x=0.5, physical=8, weights=1000, ms=4.0, per_second=2000.0, mib=3.0)
     table = scaling.table("width", [point])
-    assert table.rows == [("0.5", "1,000", "4.00", "2,000", "500.0", "3.0")]
+    assert table.rows == [("0.5", "8", "1,000", "4.00", "2,000", "500.0", "3.0")]
 
 
 def test_pictures_are_readable_text_on_their_own_ground(tmp_path) -> None:
