@@ -49,7 +49,7 @@ _PREFETCHED, _DEPTHS = 128, 256
 # Tasks that are enough to keep all threads busy to the end.
 _TASKS = 16
 
-_Left = Callable[[Any, int, Any, Any], Any]
+_Left = Callable[[Any, Any], Any]
 _Start = Callable[[Any, int], Any]
 
 
@@ -68,11 +68,11 @@ def matmul(cpu: Cpu, m: int, k: int, n: int, *, bias: bool, finish: Epilogue = P
         def start(column: Any, lanes: int) -> Any:
             return load(b[0], column, lanes=lanes) if b else splat(0.0, lanes)
 
-        def left(_tile: Any, r: int, row: Any, depth: Any) -> Any:
-            return load(x, row + r, depth)
+        def left(row: Any, depth: Any) -> Any:
+            return load(x, row, depth)
 
-        def right(_panel: Any, column: Any, depth: Any, at: int, lanes: int) -> Any:
-            return load(w, depth, column + at, lanes=lanes)
+        def right(depth: Any, column: Any, lanes: int) -> Any:
+            return load(w, depth, column, lanes=lanes)
 
         def pack(panel: _Panel, first: Any, size: int) -> None:
             with serial(size) as depth:
@@ -106,7 +106,7 @@ def backward_data(cpu: Cpu, m: int, k: int, n: int, *, finish: Epilogue = PLAIN)
         _packed_product(
             cpu,
             (m, k, n),
-            left=lambda _tile, r, row, depth: load(d, row + r, depth),
+            left=lambda row, depth: load(d, row, depth),
             pack=pack,
             write=finish.into(dx, others),
         )
@@ -119,43 +119,48 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
     Examples with c_i = 0 add exactly zero, whatever x_i and d_i hold.
     """
     rows, width = tile_shape(cpu, k, n)
+    # Whole vectors of kept inputs serve two tiles where they can.
+    strip = cpu.lanes if k % cpu.lanes == 0 and cpu.lanes % rows == 0 else rows
+    strips, panels, wide = -(-k // strip), -(-n // width), pieces(width, cpu.lanes)
     with Kernel(x=(m, k), d=(m, n), c=(m,), g=(k, n)) as kernel:
         x, d, c, g = kernel.buffers
-        # Whole vectors of kept inputs serve two tiles where they can.
-        wide = cpu.lanes if k % cpu.lanes == 0 and cpu.lanes % rows == 0 else rows
-        strips = -(-k // wide)
-        kept = workspace(strips, m, wide)
-        panels, vectors_wide = -(-n // width), pieces(width, cpu.lanes)
         packed = workspace(panels, m, width)
-        # By strips, as tiles are dealt out below: what a thread packs, it needs itself.
-        with tasks(strips, m * strips) as strip, serial(m) as i:
-            for at, lanes in pieces(wide, cpu.lanes):
-                column = tile_start(strip, wide, k) + at
-                counted = if_counted(load(c, i), load(x, i, column, lanes=lanes), lanes)
-                store(kept, counted, strip, i, at)
-        work = m * panels * len(vectors_wide)
+        work = m * panels * len(wide)
         for first, size in blocks(m, _PACKED, lambda extent: tasks(extent, work)):
             with serial(panels) as panel, serial(size) as i:
                 weight = load(c, first + i)
-                for at, lanes in vectors_wide:
+                for at, lanes in wide:
                     column = tile_start(panel, width, n) + at
                     value = load(d, first + i, column, lanes=lanes)
                     counted = if_counted(weight, splat(weight, lanes) * value, lanes)
                     store(packed, counted, panel, first + i, at)
-        share = wide // rows
-        _product(
-            cpu,
-            (k, n, m),
-            left=lambda tile, r, _, example: load(
-                kept, tile // share, example, tile % share * rows + r
-            ),
-            right=lambda panel, _, example, at, lanes: load(
-                packed, panel, example, at, lanes=lanes
-            ),
-            write=PLAIN.into(g, []),
-            chain=EXAMPLES,
-            by_rows=True,
-        )
+        with tasks(strips, k * work) as number:
+            row = tile_start(number, strip, k)
+            kept = workspace(m, strip)
+            with serial(m) as i:
+                for at, lanes in pieces(strip, cpu.lanes):
+                    value = load(x, i, row + at, lanes=lanes)
+                    store(kept, if_counted(load(c, i), value, lanes), i, at)
+                # The next strip, whose lines lie as far apart.
+                prefetch(x, i, T.min(row + strip, k - 1))
+            for panel, tile in grid(panels, strip // rows):
+                column = tile_start(panel, width, n)
+                totals = _tile(rows, wide)
+                for first, size in blocks(m, EXAMPLES):
+                    sums = _tile(rows, wide) if m > EXAMPLES else totals
+                    for (near,) in steps(size):
+                        sums.add_outer(
+                            [load(kept, first + near, tile * rows + r) for r in range(rows)],
+                            [
+                                load(packed, panel, first + near, at, lanes=lanes)
+                                for at, lanes in wide
+                            ],
+                        )
+                    if sums is not totals:
+                        for r, v, _, _ in totals.cells():
+                            totals.add(r, v, sums.get(r, v))
+                for r, v, at, _ in totals.cells():
+                    store(g, totals.get(r, v), row + tile * rows + r, column + at)
     return kernel.function
 
 
@@ -240,46 +245,33 @@ def _product(
     extents: tuple[int, int, int],
     *,
     left: _Left,
-    right: Callable[[Any, Any, Any, int, int], Any],
+    right: Callable[[Any, Any, int], Any],
     start: _Start = _zero,
     write: Callable[..., None],
-    chain: int | None = None,
-    by_rows: bool = False,
 ) -> None:
     """Writes start[column] + Σ_depth left[row, depth] · right[depth, column] at (row, column).
 
-    `extents` are (rows, columns, depth). `left` is asked for row `r` of tile `tile`, which starts
-    at `row`, at a depth. `right` is asked for a vector of a panel, which starts at `column`, at a
-    depth and an offset. With `chain`, no accumulator adds more than that many products before it
-    goes into a total. Tasks go panel by panel, or tile by tile of rows.
+    `extents` are (rows, columns, depth). `left` is asked for a row at a depth, `right` for a vector
+    at a depth and a column.
     """
     rows, columns, depth = extents
     tile_rows, width = tile_shape(cpu, rows, columns)
     row_tiles, panels = -(-rows // tile_rows), -(-columns // width)
     wide = pieces(width, cpu.lanes)
-    chain = min(chain or depth, depth)
 
     with tasks(panels * row_tiles, rows * panels * len(wide) * depth) as task:
-        if by_rows:
-            tile, panel = task // panels, task % panels
-        else:
-            panel, tile = task // row_tiles, task % row_tiles
-        column, row = tile_start(panel, width, columns), tile_start(tile, tile_rows, rows)
-        totals = _tile(tile_rows, wide)
-        for r, v, at, lanes in totals.cells():
-            totals.set(r, v, start(column + at, lanes))
-        for first, size in blocks(depth, chain):
-            sums = _tile(tile_rows, wide) if chain < depth else totals
-            for (near,) in steps(size):
-                sums.add_outer(
-                    [left(tile, r, row, first + near) for r in range(tile_rows)],
-                    [right(panel, column, first + near, at, lanes) for at, lanes in wide],
-                )
-            if sums is not totals:
-                for r, v, _, _ in totals.cells():
-                    totals.add(r, v, sums.get(r, v))
-        for r, v, at, _ in totals.cells():
-            write(totals.get(r, v), row + r, column + at)
+        column = tile_start(task // row_tiles, width, columns)
+        row = tile_start(task % row_tiles, tile_rows, rows)
+        sums = _tile(tile_rows, wide)
+        for r, v, at, lanes in sums.cells():
+            sums.set(r, v, start(column + at, lanes))
+        for (at,) in steps(depth):
+            sums.add_outer(
+                [left(row + r, at) for r in range(tile_rows)],
+                [right(at, column + offset, lanes) for offset, lanes in wide],
+            )
+        for r, v, at, _ in sums.cells():
+            write(sums.get(r, v), row + r, column + at)
 
 
 def _packed_product(
@@ -324,7 +316,7 @@ def _packed_product(
                     here.set(r, v, start(column + at, lanes) if so_far is None else so_far)
                 for (near,) in steps(size):
                     here.add_outer(
-                        [left(begin + tile, r, row, first + near) for r in range(tile_rows)],
+                        [left(row + r, first + near) for r in range(tile_rows)],
                         [panel.get(near, at, lanes) for at, lanes in wide],
                     )
                 for r, v, at, _ in here.cells():
