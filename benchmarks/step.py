@@ -40,12 +40,17 @@ def build(
     *left_out: str,
     precision: Precision = "float32",
     threads: int = 2,
+    private: bool = True,
 ) -> recipe.Build:
-    """An image whose programs of these names are empty."""
+    """An image whose programs of these names are empty; it holds the kernels of the others."""
 
     def compiled(*args: Any, **options: Any) -> Any:
-        program = recipe_compile(*args, **options)
-        return dataclasses.replace(program, **dict.fromkeys(left_out, ()))
+        program = recipe_compile(*args, **options, private=private)
+        program = dataclasses.replace(program, **dict.fromkeys(left_out, ()))
+        calls = (*program.gradient, *program.predict, *program.update)
+        used = {call.kernel for call in calls}
+        kernels = {name: kernel for name, kernel in program.kernels.items() if name in used}
+        return dataclasses.replace(program, kernels=kernels)
 
     recipe_compile = recipe.compile_training
     with mock.patch.object(recipe, "compile_training", compiled):
@@ -61,6 +66,18 @@ def build(
             threads=threads,
             directory=folder,
         )
+
+
+def smallest(case: Case) -> Case:
+    """A model of the same records with next to no weights, so with next to no noise."""
+
+    def layers(lib: Any) -> Any:
+        if len(case.shape) == 1:
+            return lib.Sequential(lib.Linear(*case.shape, 2))
+        return lib.Sequential(lib.GlobalAvgPool2d(), lib.Flatten(), lib.Linear(case.shape[0], 2))
+
+    name = f"smallest of {case.name}"
+    return Case(name=name, shape=case.shape, batch=case.batch, layers=layers, classes=2)
 
 
 class Run:

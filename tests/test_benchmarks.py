@@ -28,6 +28,7 @@ from benchmarks import __main__ as bench  # noqa: E402
 from benchmarks import accuracy, burst, inference, kernels, pictures, scaling, threads  # noqa: E402
 from benchmarks.models import CASES, WIDENED, Case, case_named  # noqa: E402
 from benchmarks.report import Section, Table  # noqa: E402
+from benchmarks.step import smallest  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,6 +53,7 @@ ROWS = [
     row("opacus", "hooks, memory kept", "float32", True, 16.0),
     row("myelin", "outside", "float32", False, 1.6),
     row("myelin", "outside", "float32", True, 1.5),
+    row("myelin", "cell", "float32", False, 1.25, kernels_ms=1.0),
     row("myelin", "cell", "float32", True, 2.0, kernels_ms=1.2, launch_ms=3.0, image_bytes=1024)
     | {"build_seconds": 1.0},
 ]
@@ -160,7 +162,7 @@ def test_quotients_take_the_peers_at_their_best() -> None:
             "the same, its memory kept": 1.25,
             "speed ÷ better Opacus": 10.0,
             "the same, Opacus' memory kept": 8.0,
-            "time ÷ own not private": 1.25,
+            "time ÷ own not private": 1.6,
             "time of kernels ÷ outside": 0.8,
             "memory ÷ Opacus ghost": 0.1,
             "the same, ghost without its libraries": 0.5,
@@ -192,6 +194,42 @@ def test_a_row_is_the_median_of_its_rounds() -> None:
     assert found["examples_per_second"] == pytest.approx(10 / 3e-3)
     assert found["kernels_ms"] == 2.75
     assert "kernels_ms" not in bench.finished({"batch": 10}, [{"step": 4.0}])
+
+
+def test_a_row_without_privacy_is_its_step_without_noise() -> None:
+    rounds = [
+        {"step": 4.0, "rest": 1.0, "gather": 0.25},
+        {"step": 2.0, "rest": 1.5, "gather": 0.5},
+        {"step": 9.0, "rest": 0.5, "gather": 0.25},
+    ]
+    found = bench.finished({"batch": 10}, rounds)
+    assert found["median_ms"] == 3.25
+    assert found["examples_per_second"] == pytest.approx(10 / 3.25e-3)
+    assert found["kernels_ms"] == 3.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "private", "parts"),
+    [("cell", True, ["step", "rest"]), ("cell-plain", False, ["step", "rest", "gather"])],
+)
+def test_a_row_of_the_cell_has_what_its_noise_is_told_by(mode, private, parts) -> None:
+    row = burst.Row("ours", "mlp", mode, "float32")
+    times = row.burst(0.0)
+    assert list(times) == parts
+    assert all(second > 0 for part in parts for second in times[part])
+    facts = row.end()
+    assert [facts[name] for name in ("system", "mode", "private")] == ["myelin", "cell", private]
+    assert ("launch_ms" in facts) == private
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_smallest_model_takes_the_same_records(case) -> None:
+    small = smallest(case)
+    model = load(small.layers(nn), small.shape)
+    assert (model.input, small.batch) == (case.shape, case.batch)
+    weights = sum(np.prod(shape) for shape in model.shapes.values())
+    assert 50 * weights < sum(np.prod(s) for s in load(case.layers(nn), case.shape).shapes.values())
 
 
 def test_a_row_works_when_asked_and_then_says_what_it_is() -> None:
