@@ -13,15 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import accuracy, kernels, load, memory, noise, pictures, report, scaling, threads
-from benchmarks.burst import ALLOCATOR, KEPT, Row, RowFailed, machine
+from benchmarks.burst import ALLOCATOR, KEPT, in_turn, machine
 from benchmarks.models import SMALL, Case, cases_named
 from benchmarks.report import BUILD, PICTURES, ROOT, Section, Table
 from myelin.cpu import Cpu
@@ -47,6 +45,9 @@ FORM = (
 )
 NONE = float("nan")
 PAGE = ROOT / "docs" / "benchmarks.md"
+
+Rows = list[dict[str, Any]]
+Failures = list[dict[str, str]]
 
 
 def main() -> None:
@@ -86,7 +87,7 @@ def measures(asked: argparse.Namespace, folder: Path) -> dict[str, Callable[[], 
     """What measures each section, in the order of the page."""
     cases = cases_named(asked.models)
     return {
-        "speed": lambda: speed(all_rows(cases, asked), folder),
+        "speed": lambda: speed(*all_rows(cases, asked), folder),
         "memory": lambda: memory.section(cases),
         "kernels": lambda: kernels.roofline(cases, asked.seconds, worst=5),
         "layers": lambda: kernels.cost_by_layer(cases, asked.seconds, folder),
@@ -99,43 +100,52 @@ def measures(asked: argparse.Namespace, folder: Path) -> dict[str, Callable[[], 
     }
 
 
-def all_rows(cases: list[Case], asked: argparse.Namespace) -> list[dict[str, Any]]:
-    """Those of each model; they go to build/bench.json."""
-    rows = [
-        row for case in cases for row in measure(case.name, asked.rounds, asked.seconds, asked.rest)
-    ]
+def all_rows(cases: list[Case], asked: argparse.Namespace) -> tuple[Rows, Failures]:
+    """Those of each model, measured and failed; they go to build/bench.json."""
+    rows: Rows = []
+    failed: Failures = []
+    for case in cases:
+        measured, others = measure(case.name, asked.rounds, asked.seconds, asked.rest)
+        rows += measured
+        failed += others
     BUILD.mkdir(exist_ok=True)
-    (BUILD / "bench.json").write_text(json.dumps(facts(rows), indent=1) + "\n")
-    return rows
+    (BUILD / "bench.json").write_text(json.dumps(facts(rows, failed), indent=1) + "\n")
+    return rows, failed
 
 
-def facts(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def facts(rows: Rows, failed: Failures) -> dict[str, Any]:
     """What build/bench.json says: the machine, the versions, every row."""
     return {
         "cpu": report.cpu(),
         "threads": report.THREADS,
         "versions": report.versions(),
         "rows": [{name: row[name] for name in FORM} for row in rows],
+        "failed": failed,
     }
 
 
-def measure(case: str, rounds: int, seconds: float, rest: float) -> list[dict[str, Any]]:
-    """The rows of one model: all made, then timed in turn, round after round."""
-    rows: list[tuple[Row, list[dict[str, float]]]] = []
-    for module, mode, precision in PLAN:
-        report.say(f"{case}: {mode} {precision}, getting ready")
-        try:
-            rows.append((Row(module, case, mode, precision), []))
-        except RowFailed as reason:
-            print(f"\n{case}: {mode} {precision}: did not run: {reason}", file=sys.stderr)
-    for round_ in range(rounds):
-        report.say(f"{case}: round {round_ + 1} of {rounds}")
-        for row, medians in rows:
-            time.sleep(rest)
-            times = machine.undisturbed(partial(row.burst, seconds), seconds)
-            medians.append({name: 1e3 * statistics.median(same) for name, same in times.items()})
-    report.say("")
-    return [finished(row.end(), medians) for row, medians in rows]
+def measure(case: str, rounds: int, seconds: float, rest: float) -> tuple[Rows, Failures]:
+    """The rows of one model, timed in turn, and those that failed."""
+    arguments = {
+        (module, mode, precision): (module, case, mode, precision)
+        for module, mode, precision in PLAN
+    }
+    turns = in_turn(arguments, rounds, seconds, what=case, rest=rest)
+    rows = [finished(facts, turns.medians[key]) for key, facts in turns.facts.items()]
+    return rows, [failure(case, *key, why) for key, why in turns.failed.items()]
+
+
+def failure(case: str, module: str, mode: str, precision: str, why: str) -> dict[str, str]:
+    """A row that has no numbers, and its last words."""
+    way = mode.removesuffix(KEPT)
+    peer = "opacus" if way in ("hooks", "ghost") else "pytorch"
+    return {
+        "model": case,
+        "system": "myelin" if module == "ours" else peer,
+        "mode": way if module == "ours" else mode,
+        "precision": precision,
+        "why": why,
+    }
 
 
 def finished(facts: dict[str, Any], medians: list[dict[str, float]]) -> dict[str, Any]:
@@ -153,14 +163,14 @@ def finished(facts: dict[str, Any], medians: list[dict[str, float]]) -> dict[str
     return row
 
 
-def best(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
+def best(rows: Rows, **wanted: Any) -> dict[str, Any]:
     """The fastest row of those with these values; one of NaN where there is none."""
     fits = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
     fastest = sorted(fits, key=lambda row: row["median_ms"])
     return fastest[0] if fastest else dict.fromkeys((*FORM, "before_mib", "kernels_ms"), NONE)
 
 
-def quotients(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def quotients(rows: Rows) -> dict[str, dict[str, float]]:
     """For each model, private training in the cell against the others, from this run."""
     found = {}
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -192,7 +202,7 @@ def quotients(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def speed(rows: list[dict[str, Any]], folder: Path) -> Section:
+def speed(rows: Rows, failed: Failures, folder: Path) -> Section:
     """All rows, and what they mean."""
     ratios = quotients(rows)
     return Section(
@@ -237,6 +247,9 @@ def speed(rows: list[dict[str, Any]], folder: Path) -> Section:
                 rows=[cells(row) for row in rows],
                 words=5,
             ),
+            *report.failures(
+                [tuple(row.values()) for row in failed], "model", "system", "mode", "precision"
+            ),
             Table(
                 title="Images",
                 columns=("model", "precision", "KiB", "build s", "launch to report data, ms"),
@@ -254,11 +267,11 @@ def speed(rows: list[dict[str, Any]], folder: Path) -> Section:
                 words=2,
             ),
         ],
-        pictures=[("Examples per second", pictures.throughput(bars(rows), folder))],
+        pictures=[("Examples per second", pictures.throughput(bars(rows), folder))] if rows else [],
     )
 
 
-def bars(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def bars(rows: Rows) -> dict[str, dict[str, float]]:
     """For each model, examples a second of the peers at their best and of ours."""
     found = {}
     for model in dict.fromkeys(row["model"] for row in rows):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +26,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
 from benchmarks import __main__ as bench  # noqa: E402
-from benchmarks import accuracy, burst, inference, kernels, pictures, scaling, threads  # noqa: E402
+from benchmarks import (  # noqa: E402
+    accuracy,
+    burst,
+    inference,
+    kernels,
+    pictures,
+    report,
+    scaling,
+    threads,
+)
 from benchmarks.models import CASES, WIDENED, Case, case_named  # noqa: E402
 from benchmarks.report import Section, Table  # noqa: E402
 from benchmarks.step import smallest  # noqa: E402
@@ -177,8 +187,13 @@ def test_a_peer_that_did_not_run_leaves_no_number() -> None:
 
 
 def test_the_file_has_the_promised_form() -> None:
-    facts = json.loads(json.dumps(bench.facts(ROWS)))
-    assert list(facts) == ["cpu", "threads", "versions", "rows"]
+    failed = [bench.failure("m", "peers", "ghost", "float32", "Out of memory")]
+    facts = json.loads(json.dumps(bench.facts(ROWS, failed)))
+    assert list(facts) == ["cpu", "threads", "versions", "rows", "failed"]
+    assert facts["failed"] == [
+        {"model": "m", "system": "opacus", "mode": "ghost", "precision": "float32"}
+        | {"why": "Out of memory"}
+    ]
     assert len(facts["rows"]) == len(ROWS)
     for found in facts["rows"]:
         assert list(found) == [
@@ -263,6 +278,48 @@ def test_a_burst_lasts_as_long_as_it_is_told_and_warms_up_before() -> None:
 def test_a_row_that_cannot_start_says_why() -> None:
     with pytest.raises(burst.RowFailed, match="no model 'lenet'"):
         burst.Row("peers", "lenet", "eager", "float32")
+
+
+def test_rows_that_fail_are_named_beside_those_that_work(tmp_path, monkeypatch) -> None:
+    plan = [("peers", "eager", "float32"), ("ours", "cell", "int8")]
+    monkeypatch.setattr(bench, "PLAN", plan)
+    rows, failed = bench.measure("mlp", 1, 0.0, 0.0)
+    assert [row["mode"] for row in rows] == ["eager"]
+    ((name, *words),) = [tuple(row.values()) for row in failed]
+    assert (name, *words[:-1]) == ("mlp", "myelin", "cell", "int8")
+    assert "int8" in words[-1]
+    (table,) = [
+        table
+        for table in bench.speed(
+            [row | {"before_mib": 0.0} for row in ROWS], failed, tmp_path
+        ).tables
+        if table.title == "Rows that failed"
+    ]
+    assert table.columns == ("model", "system", "mode", "precision", "last words")
+    assert table.rows == [(name, *words)]
+    titles = [table.title for table in bench.speed(ROWS, [], tmp_path).tables]
+    assert "Rows that failed" not in titles
+
+
+def test_a_row_that_dies_between_two_bursts_says_how_and_the_others_go_on(monkeypatch) -> None:
+    class Mortal(burst.Row):
+        def burst(self, seconds: float) -> dict[str, list[float]]:
+            if self._process.args[-2] == "channels_last":
+                os.kill(self._process.pid, signal.SIGKILL)
+            return super().burst(seconds)
+
+    monkeypatch.setattr(burst, "Row", Mortal)
+    rows = {mode: ("peers", "mlp", mode, "float32") for mode in ("eager", "channels_last")}
+    turns = burst.in_turn(rows, 2, 0.0, what="two")
+    assert list(turns.facts) == ["eager"]
+    assert len(turns.medians["eager"]) == 2
+    assert turns.failed == {"channels_last": "no words, status -9"}
+
+
+def test_last_words_with_bars_stay_one_cell() -> None:
+    (table,) = report.failures([("m", "a | b [red]")], "model")
+    assert table.markdown().splitlines()[-1] == r"| m | a \| b [red] |"
+    assert report.failures([], "model") == []
 
 
 def test_a_page_keeps_the_sections_that_are_not_measured_again(monkeypatch) -> None:
