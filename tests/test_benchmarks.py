@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from myelin import nn
+from myelin.cost import Work
 from myelin.cpu import Cpu
 from myelin.importers import load
 from myelin.optimizer import SGD
@@ -374,6 +375,7 @@ TINY = Case(
     ),
 )
 LIMITS = kernels.Limits(
+    lanes=10,
     gflops=100.0,
     bf16_gflops=None,
     tile_gflops=None,
@@ -383,9 +385,10 @@ LIMITS = kernels.Limits(
 )
 
 
-def call(kernel: str, ms: float, *, gflop: float = 0.0, size: int = 0) -> kernels.Timed:
+def call(kernel: str, ms: float, *, size: int = 0, **work: float) -> kernels.Timed:
+    counted = Work(**{"gflop": 0.0} | work)
     return kernels.Timed(
-        layer="0", kernel=kernel, algorithm="", gflop=gflop, predicted_ms=ms / 2, bytes=size, ms=ms
+        layer="0", kernel=kernel, work=counted, predicted_ms=ms / 2, bytes=size, ms=ms
     )
 
 
@@ -429,6 +432,8 @@ def test_every_call_of_a_gradient_is_timed_under_its_layer() -> None:
     assert {call.layer for call in calls} >= {"0", "3"}
     assert all(call.ms > 0 and call.bytes > 0 for call in calls)
     assert len(kernels.timed(TINY, 0.0, private=False)) < len(calls)
+    products = {call.work.gflop for call in calls if call.work.products or call.work.points}
+    assert 2e-9 * 8 * 256 * 10 in products
 
 
 def test_the_kernel_that_loses_most_comes_first() -> None:
@@ -444,7 +449,7 @@ def test_the_kernel_that_loses_most_comes_first() -> None:
     assert found["calls"] == "2"
     assert found["ms"] == "4.000"
     assert found["lost ms"] == "3.000"
-    assert found["GF/s"] == "25.0"
+    assert found["GF/s of the direct algorithm"] == "25.0"
     assert found["of peak"] == "25 %"
     assert found["predicted ÷ measured"] == "0.50"
     copies = dict(zip(table.columns, table.rows[1], strict=True))
@@ -472,12 +477,24 @@ def test_the_loops_that_find_the_limits_compute_what_they_claim() -> None:
     assert np.array_equal(a, b)
 
 
-def test_a_kernel_is_held_against_the_limit_of_its_operands() -> None:
-    limits = replace(LIMITS, bf16_gflops=300.0)
-    assert [limits.peak(a) for a in ("winograd", "direct bf16", "bf16")] == [100, 300, 300]
-    limits = replace(limits, tile_gflops=900.0)
-    found = [limits.peak(a) for a in ("direct bf16", "bf16", "tiles bf16", "tiles bf16x3")]
-    assert found == [300, 900, 900, 300]
+def test_winograd_loses_what_is_not_its_own_multiply_adds() -> None:
+    # 4 GF directly, a quarter of them in Winograd's domain: 5e7 vectors of 10 multiply-adds.
+    found = call("winograd", 20.0, gflop=4.0, points=5e7, steps=9e9)
+    table = kernels.kernel_table(TINY, [found, call("direct", 12.0, products=5e7)], LIMITS)
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert [row["kernel"] for row in rows] == ["winograd", "direct"]
+    assert [row["lost ms"] for row in rows] == ["10.000", "2.000"]
+    assert [row["of peak"] for row in rows] == ["50 %", "83 %"]
+    assert rows[0]["GF/s of the direct algorithm"] == "200.0"
+    assert "38% of them lost" in table.title
+
+
+def test_multiply_adds_are_held_against_the_limit_of_their_operands() -> None:
+    limits = replace(LIMITS, bf16_gflops=400.0, tile_gflops=1638.4)
+    for kind, ms in (("products", 2e-4), ("points", 2e-4), ("pairs", 2e-4), ("dots", 1e-4)):
+        assert limits.computing(Work(**{"gflop": 9.0, kind: 1000.0})) == pytest.approx(ms)
+    assert limits.computing(Work(gflop=9.0, tiles=1000.0)) == pytest.approx(1e-2)
+    assert limits.computing(Work(gflop=9.0, steps=1000.0)) == 90.0
 
 
 def test_the_loop_of_tiles_multiplies_as_often_as_it_is_said() -> None:
