@@ -22,8 +22,10 @@ from benchmarks import accuracy, kernels, load, memory, noise, pictures, report,
 from benchmarks.burst import ALLOCATOR, KEPT, in_turn, machine
 from benchmarks.models import SMALL, Case, cases_named
 from benchmarks.report import BUILD, PICTURES, ROOT, Section, Table
-from myelin.cpu import Cpu
+from myelin.cpu import Cpu, Precision
 
+BF16: list[Precision] = ["bf16"] if "bf16" in Cpu.native().precisions else []
+"""The precision beside float32, where this machine's level has it."""
 PLAN = [
     ("peers", "eager", "float32"),
     ("peers", "channels_last", "float32"),
@@ -37,7 +39,7 @@ PLAN = [
     ("ours", "outside-private" + KEPT, "float32"),
     ("ours", "cell-plain", "float32"),
     ("ours", "cell", "float32"),
-    *(("ours", "cell", "bf16") for _ in range("bf16" in Cpu.native().precisions)),
+    *(("ours", "cell", precision) for precision in BF16),
 ]
 FORM = (
     *("model", "batch", "system", "mode", "precision", "private"),
@@ -89,7 +91,7 @@ def measures(asked: argparse.Namespace, folder: Path) -> dict[str, Callable[[], 
     return {
         "speed": lambda: speed(*all_rows(cases, asked), folder),
         "memory": lambda: memory.section(cases),
-        "kernels": lambda: kernels.roofline(cases, asked.seconds, worst=5),
+        "kernels": lambda: kernels.roofline(cases, asked.seconds, worst=5, predicted=BF16),
         "layers": lambda: kernels.cost_by_layer(cases, asked.seconds, folder),
         "threads": lambda: threads.speedup(cases, asked.seconds),
         "limits": lambda: threads.limits(asked.seconds),

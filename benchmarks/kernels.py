@@ -44,6 +44,8 @@ from myelin.optimizer import SGD
 from myelin.outside import Outside
 from myelin.program import Program
 
+FAR = 0.3
+"""Of the time measured: a prediction that is further off is marked."""
 CHAINS = 12
 """Accumulators at once: more than the latency of a multiply-add times its units."""
 RUN = 32
@@ -173,16 +175,19 @@ def roofline(
     seconds: float,
     precision: Precision = "float32",
     worst: int | None = None,
+    predicted: Sequence[Precision] = (),
 ) -> Section:
     """Kernels of each model by the time that they lose against the machine's limits.
 
-    All of them, or the `worst` of each model.
+    All of them, or the `worst` of each model. Of the other precisions `predicted` only the
+    planner's predictions are compared.
     """
     limits = measure_limits(Cpu.native(), seconds)
     calls = {}
     for case in cases:
-        report.say(f"{case.name}: kernels")
-        calls[case] = timed(case, seconds, precision=precision)
+        for each in (precision, *predicted):
+            report.say(f"{case.name}: kernels, {each}")
+            calls[case, each] = timed(case, seconds, precision=each)
     report.say("")
     return Section(
         title="Kernels against the machine",
@@ -197,27 +202,34 @@ def roofline(
             "other operations. *GF/s of the direct algorithm* are what the same result takes "
             "directly, in the time measured: so fast do Winograd convolutions seem, which may "
             "pass the limit. Bytes are those of a call's arguments, so data from the cache may "
-            "pass 100 % of a copy."
+            f"pass 100 % of a copy. Predictions more than {FAR:.0%} off are marked with !."
         ),
         tables=[
             limit_table(limits),
             prediction_table(calls),
-            *(kernel_table(case, found, limits, worst) for case, found in calls.items()),
+            *(kernel_table(case, calls[case, precision], limits, worst) for case in cases),
         ],
     )
 
 
-def prediction_table(calls: Mapping[Case, Sequence[Timed]]) -> Table:
+def prediction_table(calls: Mapping[tuple[Case, Precision], Sequence[Timed]]) -> Table:
     """What the planner's cost model says of each step, and what it took."""
     rows = []
-    for case, found in calls.items():
-        predicted, ms = (sum(getattr(c, n) for c in found) for n in ("predicted_ms", "ms"))
-        rows.append((case.name, f"{predicted:.2f}", f"{ms:.2f}", f"{predicted / ms:.2f}"))
+    for (case, precision), found in calls.items():
+        ours, ms = (sum(getattr(c, n) for c in found) for n in ("predicted_ms", "ms"))
+        rows.append((case.name, precision, f"{ours:.2f}", f"{ms:.2f}", quotient(ours, ms)))
     return Table(
         title="The planner's predictions",
-        columns=("model", "predicted, ms", "measured, ms", "predicted ÷ measured"),
+        columns=("model", "precision", "predicted, ms", "measured, ms", "predicted ÷ measured"),
         rows=rows,
+        words=2,
     )
+
+
+def quotient(predicted: float, measured: float) -> str:
+    """Predicted ÷ measured, with a mark where it is far from 1."""
+    found = predicted / measured
+    return f"! {found:.2f}" if abs(found - 1) > FAR else f"{found:.2f}"
 
 
 def limit_table(limits: Limits) -> Table:
@@ -260,7 +272,7 @@ def kernel_table(
                 f"{gflops:.1f}",
                 f"{gbytes:.1f}",
                 f"{100 * gbytes / copy:.0f} %",
-                f"{sum(call.predicted_ms for call in group) / ms:.2f}",
+                quotient(sum(call.predicted_ms for call in group), ms),
             )
         )
     total = sum(call.ms for call in calls)

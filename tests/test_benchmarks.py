@@ -451,7 +451,7 @@ def test_the_kernel_that_loses_most_comes_first() -> None:
     assert found["lost ms"] == "3.000"
     assert found["GF/s of the direct algorithm"] == "25.0"
     assert found["of peak"] == "25 %"
-    assert found["predicted ÷ measured"] == "0.50"
+    assert found["predicted ÷ measured"] == "! 0.50"
     copies = dict(zip(table.columns, table.rows[1], strict=True))
     assert copies["of copy"] == "80 %"
 
@@ -475,6 +475,26 @@ def test_the_loops_that_find_the_limits_compute_what_they_claim() -> None:
     a, b = kernels.aligned(a), kernels.aligned(np.zeros_like(a))
     compiled["copy"](tvm.runtime.from_dlpack(a), tvm.runtime.from_dlpack(b))
     assert np.array_equal(a, b)
+
+
+def test_predictions_that_are_far_off_are_marked_in_each_precision() -> None:
+    float32 = [call("a", 4.0), call("b", 2.0)]
+    bf16 = [replace(float32[0], predicted_ms=5.2), replace(float32[1], predicted_ms=2.5)]
+    table = kernels.prediction_table({(TINY, "float32"): float32, (TINY, "bf16"): bf16})
+    assert table.rows == [
+        ("tiny", "float32", "3.00", "6.00", "! 0.50"),
+        ("tiny", "bf16", "7.70", "6.00", "1.28"),
+    ]
+    assert kernels.quotient(1.4, 1.0) == "! 1.40"
+
+
+@pytest.mark.slow
+def test_the_page_has_the_predictions_of_more_than_one_precision() -> None:
+    others = [p for p in Cpu.native().precisions if p == "bf16"]
+    section = kernels.roofline([TINY], 0.0, worst=2, predicted=others)
+    _, predictions, own = section.tables
+    assert [row[:2] for row in predictions.rows] == [("tiny", p) for p in ("float32", *others)]
+    assert len(own.rows) == 2
 
 
 def test_winograd_loses_what_is_not_its_own_multiply_adds() -> None:
