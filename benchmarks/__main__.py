@@ -3,9 +3,9 @@
 `python -m benchmarks [--models NAME,…|all] [--rounds N] [--seconds S] [--rest S] [--steps N]
 [--page [NAME,…]]`. Every row is a process of its own with two threads; all of a model work in turn
 (`benchmarks.burst`), and a row's time is the median of its rounds' medians. Writes
-build/bench.json. `--page` measures memory, kernels, the cost of privacy by layer, threads, noise,
-loading, scaling and accuracy as well and writes docs/benchmarks.md and its pictures; with names of
-sections only these, and leaves the others of the page as they are.
+build/bench.json. `--page` measures memory, kernels, the cost of privacy by layer, threads, records,
+noise, loading, scaling and accuracy as well and writes docs/benchmarks.md and its pictures; with
+names of sections only these, and leaves the others of the page as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, kernels, load, memory, noise, pictures, report, scaling, threads
+from benchmarks import (
+    accuracy,
+    kernels,
+    load,
+    memory,
+    noise,
+    pictures,
+    records,
+    report,
+    scaling,
+    threads,
+)
 from benchmarks.burst import ALLOCATOR, KEPT, in_turn, machine
 from benchmarks.models import SMALL, Case, cases_named
 from benchmarks.report import BUILD, PICTURES, ROOT, Section, Table
@@ -95,6 +106,7 @@ def measures(asked: argparse.Namespace, folder: Path) -> dict[str, Callable[[], 
         "layers": lambda: kernels.cost_by_layer(cases, asked.seconds, folder),
         "threads": lambda: threads.speedup(cases, asked.seconds),
         "limits": lambda: threads.limits(asked.seconds),
+        "records": lambda: records.section(SMALL, asked.seconds),
         "noise": noise.section,
         "loading": load.section,
         "scaling": lambda: scaling.section(scaling.MODEL, asked.seconds, folder),

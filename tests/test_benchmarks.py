@@ -33,6 +33,7 @@ from benchmarks import (  # noqa: E402
     inference,
     kernels,
     pictures,
+    records,
     report,
     scaling,
     threads,
@@ -237,6 +238,26 @@ def test_a_row_of_the_cell_has_what_its_noise_is_told_by(mode, private, parts) -
     facts = row.end()
     assert [facts[name] for name in ("system", "mode", "private")] == ["myelin", "cell", private]
     assert ("launch_ms" in facts) == private
+
+
+@pytest.mark.parametrize("features", records.KINDS, ids=lambda kind: kind.type)
+def test_parts_of_a_step_are_of_the_whole_step(features) -> None:
+    found = records.parts(TINY, 300, features, 0.0, "process")
+    assert found["step"] > 0
+    assert found["draws"] > 0
+    total = sum(ms for part, ms in found.items() if part != "step")
+    assert total == pytest.approx(found["step"])
+
+
+def test_rows_of_records_are_of_one_batch_and_of_many(monkeypatch) -> None:
+    monkeypatch.setattr(records, "parts", lambda *_: dict.fromkeys("abcdef", 1.0))
+    (table,) = records.section([TINY], 0.0, 1000).tables
+    assert [row[1:4] for row in table.rows] == [
+        ("float32", "8", "0.0"),
+        ("float32", "1,000", "3.0"),
+        ("uint8", "1,000", "0.8"),
+    ]
+    assert {len(row) for row in table.rows} == {len(table.columns)}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
