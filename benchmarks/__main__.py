@@ -4,8 +4,8 @@
 [--page [NAME,…]]`. Every row is a process of its own with two threads; all of a model work in turn
 (`benchmarks.burst`), and a row's time is the median of its rounds' medians. Writes
 build/bench.json. `--page` measures memory, kernels, the cost of privacy by layer, threads, records,
-noise, loading, scaling and accuracy as well and writes docs/benchmarks.md and its pictures; with
-names of sections only these, and leaves the others of the page as they are.
+noise, loading, scaling, inference and accuracy as well and writes docs/benchmarks.md and its
+pictures; with names of sections only these, and leaves the others of the page as they are.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks import (
     accuracy,
+    inference,
     kernels,
     load,
     memory,
@@ -110,6 +111,7 @@ def measures(asked: argparse.Namespace, folder: Path) -> dict[str, Callable[[], 
         "noise": noise.section,
         "loading": load.section,
         "scaling": lambda: scaling.section(scaling.MODEL, asked.seconds, folder),
+        "inference": lambda: inference.section(cases, asked.seconds, rounds=asked.rounds),
         "accuracy": lambda: accuracy.section(accuracy.MODELS, asked.steps, folder),
     }
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build"
 PICTURES = ROOT / "docs" / "pictures"
 THREADS = 2
-VERSIONS = ("myelin", "apache-tvm", "torch", "opacus", "numpy")
+VERSIONS = ("myelin", "apache-tvm", "torch", "opacus", "onnxruntime", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import os
@@ -124,10 +125,51 @@ def test_inference_of_one_and_of_many_is_that_of_onnx_runtime(name, batch, tmp_p
 @pytest.mark.slow
 def test_every_system_of_the_inference_benchmark_runs() -> None:
     pytest.importorskip("onnxruntime")
-    (table,) = inference.section([case_named("mlp")], 0.01, rounds=1).tables
+    (table,) = inference.section([case_named("mlp")], 0.0, rounds=1).tables
     assert [row[:2] for row in table.rows] == [("mlp 784-256-128-10", n) for n in ("1", "256")]
     assert all(float(ms) > 0 for row in table.rows for ms in row[2:])
     assert len(table.rows[0]) == len(table.columns) == 6
+
+
+def test_a_prediction_that_failed_is_named_and_the_page_has_the_section(monkeypatch) -> None:
+    found = burst.Turns(
+        facts={"PyTorch": {}},
+        medians={"PyTorch": [{"step": 3.0}, {"step": 1.0}, {"step": 2.0}]},
+        failed={"ONNX Runtime": "no module"},
+    )
+    asked: list[tuple] = []
+    monkeypatch.setattr(inference, "in_turn", lambda *a, **_: asked.append(a[1:]) or found)
+    arguments = argparse.Namespace(models="mlp", rounds=3, seconds=0.5, steps=1, rest=0.0)
+    section = bench.measures(arguments, Path("unused"))["inference"]()
+    assert asked == [(3, 0.5)] * 2
+    times, failed = section.tables
+    assert times.rows[0] == ("mlp 784-256-128-10", "1", "2.000", "–", "–", "–")
+    assert failed.rows[0] == ("mlp 784-256-128-10", "1", "ONNX Runtime", "no module")
+
+
+def test_rows_in_turn_are_measured_when_the_machine_is_undisturbed(monkeypatch) -> None:
+    asked: list[float] = []
+
+    def undisturbed(measure, seconds: float):
+        asked.append(seconds)
+        return measure()
+
+    class Fake:
+        def __init__(self, *arguments: str) -> None:
+            self.number = float(arguments[-1])
+
+        def burst(self, seconds: float) -> dict[str, list[float]]:
+            return {"step": [self.number * seconds] * 3}
+
+        def end(self) -> dict:
+            return {"number": self.number}
+
+    monkeypatch.setattr(burst, "Row", Fake)
+    monkeypatch.setattr(burst.machine, "undisturbed", undisturbed)
+    turns = burst.in_turn({"a": ("m", "c", "1"), "b": ("m", "c", "2")}, 2, 0.5, what="w")
+    assert asked == [0.5] * 4
+    assert turns.medians == {"a": [{"step": 500.0}] * 2, "b": [{"step": 1000.0}] * 2}
+    assert turns.facts == {"a": {"number": 1.0}, "b": {"number": 2.0}}
 
 
 class FakeProbe:
