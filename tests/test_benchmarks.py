@@ -464,7 +464,7 @@ def call(kernel: str, ms: float, *, size: int = 0, **work: float) -> kernels.Tim
 
 def test_our_kernels_and_pytorch_train_alike_from_the_same_start() -> None:
     found = accuracy.curves(TINY, 12)
-    exact = ["Myelin", "PyTorch", "PyTorch, channels_last"]
+    exact = ["Myelin", "PyTorch", *accuracy.VARIANTS]
     rounded = ["Myelin, bf16", "PyTorch, bf16"] if accuracy.has_bf16() else []
     assert list(found) == [*exact, *rounded]
     reference = found[accuracy.REFERENCE]
@@ -472,6 +472,7 @@ def test_our_kernels_and_pytorch_train_alike_from_the_same_start() -> None:
     assert reference[-1] < reference[0]
     for name in exact:
         np.testing.assert_allclose(found[name], reference, rtol=1e-4)
+    assert all(found[name] != reference for name in accuracy.VARIANTS)
     for name in rounded:
         np.testing.assert_allclose(found[name], reference, rtol=0.02)
         assert found[name] != found["Myelin"]
@@ -483,8 +484,29 @@ def test_without_bf16_its_curves_are_missing_and_it_is_said(
     monkeypatch.setattr(accuracy, "has_bf16", lambda: False)
     monkeypatch.setattr(accuracy, "case_named", lambda _: TINY)
     section = accuracy.section(["tiny"], 2, tmp_path)
-    assert section.tables[0].columns == ("step", "PyTorch", "Myelin", "PyTorch, channels_last")
+    assert section.tables[1].columns == ("step", "PyTorch", "Myelin", *accuracy.VARIANTS)
     assert section.text.endswith("has no bf16: those curves are missing.")
+
+
+def test_our_loss_is_held_against_what_pytorch_differs_from_itself() -> None:
+    first, second, third = accuracy.VARIANTS
+    curves = {
+        "Myelin": [2.0, 1.5],
+        "PyTorch": [2.0, 1.0],
+        **{first: [2.0, 0.75], second: [2.125, 1.0], third: [2.0, 1.0]},
+        **{"Myelin, bf16": [2.0, 4.5], "PyTorch, bf16": [3.0, 1.0]},
+    }
+    table = accuracy.criterion({"m": curves})
+    assert [row[1:] for row in table.rows] == [
+        ("Myelin", "5.0e-01", "2.00", "yes"),
+        (first, "2.5e-01", "1.00", "–"),
+        (second, "1.2e-01", "0.50", "–"),
+        (third, "0.0e+00", "0.00", "–"),
+        ("Myelin, bf16", "3.5e+00", "3.50", "no"),
+        ("PyTorch, bf16", "1.0e+00", "1.00", "–"),
+    ]
+    curves |= dict.fromkeys(accuracy.VARIANTS, curves["PyTorch"])
+    assert accuracy.criterion({"m": curves}).rows[0][3:] == ("inf", "no")
 
 
 def test_the_loss_of_logits_is_that_of_pytorch() -> None:
