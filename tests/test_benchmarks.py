@@ -274,7 +274,6 @@ def test_a_row_without_privacy_is_its_step_without_noise() -> None:
     assert found["kernels_ms"] == 3.0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "private", "parts"),
     [("cell", True, ["step", "rest"]), ("cell-plain", False, ["step", "rest", "gather"])],
@@ -580,7 +579,6 @@ def test_predictions_that_are_far_off_are_marked_in_each_precision() -> None:
     assert kernels.quotient(1.4, 1.0) == "! 1.40"
 
 
-@pytest.mark.slow
 def test_the_page_has_the_predictions_of_more_than_one_precision() -> None:
     others = [p for p in Cpu.native().precisions if p == "bf16"]
     section = kernels.roofline([TINY], 0.0, worst=2, predicted=others)
