@@ -8,7 +8,7 @@ RUNTIMES := x86-64-v3 x86-64-v4
 RUST := $(shell find enclave cell -name '*.rs' -o -name '*.toml' -o -name '*.lock' -o -name '*.sh' -o -name '*.ld' -o -name '*.s' 2>/dev/null | grep -v /target/)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-kernels bench-scaling bench-threads bench-load bench-noise bench-inference bench-accuracy size wheel docs clean vectors
+.PHONY: help setup demo test check bench bench-kernels bench-scaling bench-threads bench-records bench-load bench-noise bench-inference bench-accuracy size wheel docs clean vectors
 
 help:
 	@echo "make setup           virtual environment, enclave runtime and cell"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench-kernels   each kernel against the machine's limits; MODELS=mlp,vgg9"
 	@echo "make bench-scaling   examples per second and memory over batch and width"
 	@echo "make bench-threads   one thread against two; how long helping threads wait"
+	@echo "make bench-records   parts of a step, over the number of records it draws from"
 	@echo "make bench-load      a sealed file on its way into enclave memory"
 	@echo "make bench-noise     samples of noise a second"
 	@echo "make bench-inference predictions beside PyTorch and ONNX Runtime"
@@ -81,6 +82,9 @@ bench-scaling: setup $(VENV)/.dev
 
 bench-threads: setup $(VENV)/.dev
 	$(BIN)/python -m benchmarks.threads $(if $(MODELS),--models $(MODELS))
+
+bench-records: setup $(VENV)/.dev
+	$(BIN)/python -m benchmarks.records $(if $(MODELS),--models $(MODELS))
 
 bench-load: setup $(VENV)/.dev
 	$(BIN)/python -m benchmarks.load

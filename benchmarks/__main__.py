@@ -3,9 +3,9 @@
 `python -m benchmarks [--models NAME,…|all] [--rounds N] [--seconds S] [--rest S] [--steps N]
 [--page [NAME,…]]`. Every row is a process of its own with two threads; all of a model work in turn
 (`benchmarks.burst`), and a row's time is the median of its rounds' medians. Writes
-build/bench.json. `--page` measures memory, kernels, the cost of privacy by layer, threads, noise,
-loading, scaling and accuracy as well and writes docs/benchmarks.md and its pictures; with names of
-sections only these, and leaves the others of the page as they are.
+build/bench.json. `--page` measures memory, kernels, the cost of privacy by layer, threads, records,
+noise, loading, scaling, inference and accuracy as well and writes docs/benchmarks.md and its
+pictures; with names of sections only these, and leaves the others of the page as they are.
 """
 
 from __future__ import annotations
@@ -13,19 +13,31 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, kernels, load, memory, noise, pictures, report, scaling, threads
-from benchmarks.burst import ALLOCATOR, KEPT, Row, RowFailed, machine
+from benchmarks import (
+    accuracy,
+    inference,
+    kernels,
+    load,
+    memory,
+    noise,
+    pictures,
+    records,
+    report,
+    scaling,
+    threads,
+)
+from benchmarks.burst import ALLOCATOR, KEPT, in_turn, machine
 from benchmarks.models import SMALL, Case, cases_named
 from benchmarks.report import BUILD, PICTURES, ROOT, Section, Table
-from myelin.cpu import Cpu
+from myelin.cpu import Cpu, Precision
 
+BF16: list[Precision] = ["bf16"] if "bf16" in Cpu.native().precisions else []
+"""The precision beside float32, where this machine's level has it."""
 PLAN = [
     ("peers", "eager", "float32"),
     ("peers", "channels_last", "float32"),
@@ -33,12 +45,13 @@ PLAN = [
     *(("peers", mode, "bf16") for mode in ("eager", "channels_last", "compile")),
     ("peers", "hooks", "float32"),
     ("peers", "ghost", "float32"),
-    *(("peers", mode + KEPT, "float32") for mode in ("channels_last", "hooks", "ghost")),
-    ("peers", "channels_last" + KEPT, "bf16"),
+    *(("peers", mode + KEPT, "float32") for mode in ("eager", "channels_last", "hooks", "ghost")),
+    *(("peers", mode + KEPT, "bf16") for mode in ("eager", "channels_last")),
     ("ours", "outside" + KEPT, "float32"),
     ("ours", "outside-private" + KEPT, "float32"),
+    ("ours", "cell-plain", "float32"),
     ("ours", "cell", "float32"),
-    *(("ours", "cell", "bf16") for _ in range("bf16" in Cpu.native().precisions)),
+    *(("ours", "cell", precision) for precision in BF16),
 ]
 FORM = (
     *("model", "batch", "system", "mode", "precision", "private"),
@@ -46,6 +59,9 @@ FORM = (
 )
 NONE = float("nan")
 PAGE = ROOT / "docs" / "benchmarks.md"
+
+Rows = list[dict[str, Any]]
+Failures = list[dict[str, str]]
 
 
 def main() -> None:
@@ -85,85 +101,101 @@ def measures(asked: argparse.Namespace, folder: Path) -> dict[str, Callable[[], 
     """What measures each section, in the order of the page."""
     cases = cases_named(asked.models)
     return {
-        "speed": lambda: speed(all_rows(cases, asked), folder),
+        "speed": lambda: speed(*all_rows(cases, asked), folder),
         "memory": lambda: memory.section(cases),
-        "kernels": lambda: kernels.roofline(cases, asked.seconds, worst=5),
+        "kernels": lambda: kernels.roofline(cases, asked.seconds, worst=5, predicted=BF16),
         "layers": lambda: kernels.cost_by_layer(cases, asked.seconds, folder),
         "threads": lambda: threads.speedup(cases, asked.seconds),
         "limits": lambda: threads.limits(asked.seconds),
+        "records": lambda: records.section(SMALL, asked.seconds),
         "noise": noise.section,
         "loading": load.section,
         "scaling": lambda: scaling.section(scaling.MODEL, asked.seconds, folder),
+        "inference": lambda: inference.section(cases, asked.seconds, rounds=asked.rounds),
         "accuracy": lambda: accuracy.section(accuracy.MODELS, asked.steps, folder),
     }
 
 
-def all_rows(cases: list[Case], asked: argparse.Namespace) -> list[dict[str, Any]]:
-    """Those of each model; they go to build/bench.json."""
-    rows = [
-        row for case in cases for row in measure(case.name, asked.rounds, asked.seconds, asked.rest)
-    ]
+def all_rows(cases: list[Case], asked: argparse.Namespace) -> tuple[Rows, Failures]:
+    """Those of each model, measured and failed; they go to build/bench.json."""
+    rows: Rows = []
+    failed: Failures = []
+    for case in cases:
+        measured, others = measure(case.name, asked.rounds, asked.seconds, asked.rest)
+        rows += measured
+        failed += others
     BUILD.mkdir(exist_ok=True)
-    (BUILD / "bench.json").write_text(json.dumps(facts(rows), indent=1) + "\n")
-    return rows
+    (BUILD / "bench.json").write_text(json.dumps(facts(rows, failed), indent=1) + "\n")
+    return rows, failed
 
 
-def facts(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def facts(rows: Rows, failed: Failures) -> dict[str, Any]:
     """What build/bench.json says: the machine, the versions, every row."""
     return {
         "cpu": report.cpu(),
         "threads": report.THREADS,
         "versions": report.versions(),
         "rows": [{name: row[name] for name in FORM} for row in rows],
+        "failed": failed,
     }
 
 
-def measure(case: str, rounds: int, seconds: float, rest: float) -> list[dict[str, Any]]:
-    """The rows of one model: all made, then timed in turn, round after round."""
-    rows: list[tuple[Row, list[dict[str, float]]]] = []
-    for module, mode, precision in PLAN:
-        report.say(f"{case}: {mode} {precision}, getting ready")
-        try:
-            rows.append((Row(module, case, mode, precision), []))
-        except RowFailed as reason:
-            print(f"\n{case}: {mode} {precision}: did not run: {reason}", file=sys.stderr)
-    for round_ in range(rounds):
-        report.say(f"{case}: round {round_ + 1} of {rounds}")
-        for row, medians in rows:
-            time.sleep(rest)
-            times = machine.undisturbed(partial(row.burst, seconds), seconds)
-            medians.append({name: 1e3 * statistics.median(same) for name, same in times.items()})
-    report.say("")
-    return [finished(row.end(), medians) for row, medians in rows]
+def measure(case: str, rounds: int, seconds: float, rest: float) -> tuple[Rows, Failures]:
+    """The rows of one model, timed in turn, and those that failed."""
+    arguments = {
+        (module, mode, precision): (module, case, mode, precision)
+        for module, mode, precision in PLAN
+    }
+    turns = in_turn(arguments, rounds, seconds, what=case, rest=rest)
+    rows = [finished(facts, turns.medians[key]) for key, facts in turns.facts.items()]
+    return rows, [failure(case, *key, why) for key, why in turns.failed.items()]
+
+
+def failure(case: str, module: str, mode: str, precision: str, why: str) -> dict[str, str]:
+    """A row that has no numbers, and its last words."""
+    way = mode.removesuffix(KEPT)
+    peer = "opacus" if way in ("hooks", "ghost") else "pytorch"
+    return {
+        "model": case,
+        "system": "myelin" if module == "ours" else peer,
+        "mode": way if module == "ours" else mode,
+        "precision": precision,
+        "why": why,
+    }
 
 
 def finished(facts: dict[str, Any], medians: list[dict[str, float]]) -> dict[str, Any]:
-    """A row of the table: medians over rounds."""
-    ms = {name: statistics.median(each[name] for each in medians) for name in medians[0]}
-    row = facts | {
-        "median_ms": ms["step"],
-        "examples_per_second": facts["batch"] / ms["step"] * 1e3,
-    }
-    if "rest" in ms:
+    """A row of the table: medians over rounds.
+
+    One that says what its gather takes has no privacy: the rest without that is noise, which it
+    does not need.
+    """
+    noise = [each["rest"] - each["gather"] if "gather" in each else 0.0 for each in medians]
+    steps = [each["step"] - less for each, less in zip(medians, noise, strict=True)]
+    ms = statistics.median(steps)
+    row = facts | {"median_ms": ms, "examples_per_second": facts["batch"] / ms * 1e3}
+    if "rest" in medians[0]:
         row["kernels_ms"] = statistics.median(each["step"] - each["rest"] for each in medians)
     return row
 
 
-def best(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
+def best(rows: Rows, **wanted: Any) -> dict[str, Any]:
     """The fastest row of those with these values; one of NaN where there is none."""
     fits = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
     fastest = sorted(fits, key=lambda row: row["median_ms"])
     return fastest[0] if fastest else dict.fromkeys((*FORM, "before_mib", "kernels_ms"), NONE)
 
 
-def quotients(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def quotients(rows: Rows) -> dict[str, dict[str, float]]:
     """For each model, private training in the cell against the others, from this run."""
     found = {}
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
-        ours = {"system": "myelin", "mode": "cell"}
+        ours = {"system": "myelin", "mode": "cell", "private": True}
         cell, fastest = best(own, **ours, precision="float32"), best(own, **ours)
-        usual = [row for row in own if not row["mode"].endswith(KEPT)]
+        usual, kept = (
+            [r for r in own if r["mode"].endswith(KEPT) == ends] for ends in (False, True)
+        )
         plain = {"system": "pytorch", "precision": "float32"}
         half = plain | {"precision": "bf16"}
         ghost = best(own, mode="ghost")
@@ -171,15 +203,15 @@ def quotients(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         found[model] = {
             "speed ÷ PyTorch float32, not private": best(usual, **plain)["median_ms"]
             / cell["median_ms"],
-            "the same, PyTorch's memory kept": best(own, **plain)["median_ms"] / cell["median_ms"],
+            "the same, PyTorch's memory kept": best(kept, **plain)["median_ms"] / cell["median_ms"],
             "speed ÷ PyTorch bf16, not private": best(usual, **half)["median_ms"]
             / fastest["median_ms"],
-            "the same, its memory kept": best(own, **half)["median_ms"] / fastest["median_ms"],
+            "the same, its memory kept": best(kept, **half)["median_ms"] / fastest["median_ms"],
             "speed ÷ better Opacus": best(usual, system="opacus")["median_ms"] / cell["median_ms"],
-            "the same, Opacus' memory kept": best(own, system="opacus")["median_ms"]
+            "the same, Opacus' memory kept": best(kept, system="opacus")["median_ms"]
             / cell["median_ms"],
             "time ÷ own not private": cell["median_ms"]
-            / best(own, system="myelin", private=False)["median_ms"],
+            / best(own, mode="cell", private=False)["median_ms"],
             "time of kernels ÷ outside": cell["kernels_ms"] / kernels["median_ms"],
             "memory ÷ Opacus ghost": cell["peak_mib"] / ghost["peak_mib"],
             "the same, ghost without its libraries": cell["peak_mib"]
@@ -188,7 +220,7 @@ def quotients(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def speed(rows: list[dict[str, Any]], folder: Path) -> Section:
+def speed(rows: Rows, failed: Failures, folder: Path) -> Section:
     """All rows, and what they mean."""
     ratios = quotients(rows)
     return Section(
@@ -200,12 +232,18 @@ def speed(rows: list[dict[str, Any]], folder: Path) -> Section:
             "and for Opacus: Poisson sampling gives batches of changing size, so give an image a "
             "physical batch that few draws exceed, for those take two. `outside` is our kernels "
             "through TVM's own runtime, without gather and noise; not private, gradients of "
-            "weights are summed over the batch and no norms are taken. "
+            "weights are summed over the batch and no norms are taken. `cell`, not private, is an "
+            "image of those kernels. Its cell draws noise all the same, but training without "
+            "privacy needs none: the row is the whole step less the time that noise takes, which "
+            "is that of the same image without kernels (gather, sampling and noise) less that of "
+            "an image without kernels and with next to no weights (gather and sampling). *Time ÷ "
+            "own not private* is the whole private step ÷ this row, both in the cell. "
             "PyTorch and Opacus count in their best mode, Myelin in float32, but against bf16 "
             "in its best precision. Peers allocate as their packages come; where a mode says "
             "*memory kept*, the C library was told never to give memory back "
             f"(`{' '.join(f'{name}={value}' for name, value in ALLOCATOR.items())}`), which "
-            "spares them fresh pages, and the columns *memory kept* take the better of both. "
+            "spares them fresh pages, and the columns *memory kept* take the best of these rows, "
+            "which compile has none of. "
             "`outside` keeps its memory always. Memory is the most that a process had: of peers "
             "the whole process, and besides without what it had before there was a model (Python "
             "and libraries); of ours the cell with all that is in it, but not the host's Python."
@@ -228,6 +266,9 @@ def speed(rows: list[dict[str, Any]], folder: Path) -> Section:
                 rows=[cells(row) for row in rows],
                 words=5,
             ),
+            *report.failures(
+                [tuple(row.values()) for row in failed], "model", "system", "mode", "precision"
+            ),
             Table(
                 title="Images",
                 columns=("model", "precision", "KiB", "build s", "launch to report data, ms"),
@@ -245,11 +286,11 @@ def speed(rows: list[dict[str, Any]], folder: Path) -> Section:
                 words=2,
             ),
         ],
-        pictures=[("Examples per second", pictures.throughput(bars(rows), folder))],
+        pictures=[("Examples per second", pictures.throughput(bars(rows), folder))] if rows else [],
     )
 
 
-def bars(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def bars(rows: Rows) -> dict[str, dict[str, float]]:
     """For each model, examples a second of the peers at their best and of ours."""
     found = {}
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -258,10 +299,10 @@ def bars(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             "PyTorch float32, not private": {"system": "pytorch", "precision": "float32"},
             "PyTorch bf16, not private": {"system": "pytorch", "precision": "bf16"},
             "Opacus, private": {"system": "opacus"},
-            "Myelin, not private, outside": {"system": "myelin", "private": False},
+            "Myelin, not private, in the cell": {"mode": "cell", "private": False},
             "Myelin, private, in the cell": {
-                "system": "myelin",
                 "mode": "cell",
+                "private": True,
                 "precision": "float32",
             },
         }

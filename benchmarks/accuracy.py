@@ -2,8 +2,9 @@
 
 `python -m benchmarks.accuracy [--models NAME,…] [--steps N]`. The same weights, the same batches,
 no noise: the kernels of a private image, norms and factors included, run outside any enclave with a
-threshold that clips nothing. What float32 alone does is shown by PyTorch against itself in another
-memory layout, what bfloat16 does by a bf16 image and by PyTorch's autocast.
+threshold that clips nothing. What float32 alone does is shown by PyTorch against itself: in another
+memory layout, with each batch in another order, and with it in halves; what bfloat16 does by a bf16
+image and by PyTorch's autocast.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ UNCLIPPED = 1e6
 """A threshold above every gradient's norm."""
 
 REFERENCE = "PyTorch"
+VARIANTS = ("PyTorch, channels_last", "PyTorch, batch reversed", "PyTorch, batch in halves")
+"""What computes the same as the reference, and rounds otherwise."""
+MEASURES = {"Myelin": VARIANTS, "Myelin, bf16": ("PyTorch, bf16",)}
+"""What the largest difference of each of ours is held against: the largest of these."""
+WITHIN = 3
+"""Times what PyTorch differs from itself: more than that, rounding alone does not explain."""
+DRAWN = ("Myelin", REFERENCE, VARIANTS[0], "Myelin, bf16", "PyTorch, bf16")
 
 Batches = list[tuple[Any, Any]]
 
@@ -59,18 +67,25 @@ def section(models: Sequence[str], steps: int, folder: Path) -> Section:
     cases = [case_named(model) for model in models]
     found = {case.name: curves(case, steps) for case in cases}
     report.say("")
-    picture = pictures.losses(found, folder)
+    drawn = {
+        case: {name: losses for name, losses in values.items() if name in DRAWN}
+        for case, values in found.items()
+    }
+    picture = pictures.losses(drawn, folder)
     return Section(
         title="Accuracy",
         text=(
             f"Mean loss of each step's batch before the step, {steps} steps of SGD with rate "
             f"{RATE} and momentum {MOMENTUM} on scikit-learn's digits, enlarged: the same start "
             "and batches, nothing noised, nothing clipped. Ours are the kernels of a private "
-            "image. PyTorch against itself in channels_last shows how far rounding alone leads, "
-            "its bf16 autocast how far bfloat16 does. "
+            "image. PyTorch against itself (in channels_last, with each batch in reverse, with its "
+            "halves one after the other) shows how far rounding alone leads, its bf16 autocast how "
+            "far bfloat16 does. The criterion is that of all steps the largest difference of our "
+            f"loss from PyTorch's lies within {WITHIN} times what PyTorch differs from itself: in "
+            "float32 by the largest of the three, in bf16 by its bf16 from its float32. "
             + ("" if has_bf16() else f"{Cpu.native().level} has no bf16: those curves are missing.")
         ).strip(),
-        tables=[table(model, values) for model, values in found.items()],
+        tables=[criterion(found), *(table(model, values) for model, values in found.items())],
         pictures=[("Loss curves", picture)],
     )
 
@@ -83,7 +98,9 @@ def curves(case: Case, steps: int) -> dict[str, list[float]]:
     systems: dict[str, Callable[[], list[float]]] = {
         "Myelin": lambda: ours(case, model, drawn, "float32"),
         REFERENCE: lambda: theirs(case, model, drawn, plain),
-        "PyTorch, channels_last": lambda: theirs(case, model, drawn, last),
+        VARIANTS[0]: lambda: theirs(case, model, drawn, last),
+        VARIANTS[1]: lambda: theirs(case, model, [(x[::-1], y[::-1]) for x, y in drawn], plain),
+        VARIANTS[2]: lambda: theirs(case, model, drawn, plain, parts=2),
     }
     if has_bf16():
         systems |= {
@@ -161,8 +178,9 @@ def theirs(
     layout: torch.memory_format,
     *,
     autocast: bool = False,
+    parts: int = 1,
 ) -> list[float]:
-    """By PyTorch, from the same weights."""
+    """By PyTorch, from the same weights; a batch in so many parts, whose gradients are summed."""
     torch.set_num_threads(THREADS)
     net = case.layers(torch.nn)
     net.load_state_dict({name: torch.tensor(value) for name, value in model.parameters.items()})
@@ -170,11 +188,16 @@ def theirs(
     optimizer = torch.optim.SGD(net.parameters(), lr=RATE, momentum=MOMENTUM)
     losses = []
     for x, y in drawn:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            outputs = net(torch.tensor(x).contiguous(memory_format=layout)).float()
-        losses.append(cross_entropy(outputs.detach().numpy(), y))
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(outputs, torch.tensor(y).long()).backward()
+        found = []
+        for some, labels in zip(np.array_split(x, parts), np.array_split(y, parts), strict=True):
+            images = torch.tensor(some.copy()).contiguous(memory_format=layout)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                outputs = net(images).float()
+            loss = torch.nn.functional.cross_entropy(outputs, torch.tensor(labels.copy()).long())
+            (loss * (len(labels) / len(y))).backward()
+            found.append(outputs.detach().numpy())
+        losses.append(cross_entropy(np.concatenate(found), y))
         optimizer.step()
     return losses
 
@@ -187,26 +210,58 @@ def cross_entropy(outputs: Any, labels: Any) -> float:
     return float(-chances[np.arange(len(labels)), labels].mean())
 
 
+def criterion(found: dict[str, dict[str, list[float]]]) -> Table:
+    """The largest difference of every system, and for ours whether it is within the criterion."""
+    rows = []
+    for model, curves in found.items():
+        largest = apart(curves)
+        for name, difference in largest.items():
+            bf16 = name.endswith("bf16")
+            measure = max(
+                largest[other] for other in MEASURES["Myelin, bf16" if bf16 else "Myelin"]
+            )
+            far = math.inf if difference else 0.0
+            quotient = difference / measure if measure else far
+            met = "–" if name not in MEASURES else "yes" if quotient <= WITHIN else "no"
+            rows.append((model, name, f"{difference:.1e}", f"{quotient:.2f}", met))
+    return Table(
+        title="Largest difference of the loss, beside what PyTorch differs from itself",
+        columns=(
+            *("model", "system", "largest difference"),
+            *("÷ that of PyTorch from itself", f"within {WITHIN} times"),
+        ),
+        rows=rows,
+        words=2,
+    )
+
+
+def apart(curves: dict[str, list[float]]) -> dict[str, float]:
+    """The largest difference of each system from the reference, of all steps."""
+    return {
+        name: float(np.abs(np.subtract(losses, curves[REFERENCE])).max())
+        for name, losses in curves.items()
+        if name != REFERENCE
+    }
+
+
 def table(model: str, found: dict[str, list[float]]) -> Table:
     """Every tenth part of the way, and the largest differences of all steps."""
-    reference = found[REFERENCE]
-    others = [name for name in found if name != REFERENCE]
-    apart = {name: np.abs(np.subtract(found[name], reference)).max() for name in others}
+    reference, largest = found[REFERENCE], apart(found)
     steps = len(reference)
     shown = sorted({*range(0, steps, max(1, steps // 10)), steps - 1})
     return Table(
         title=f"{model}: loss, and its difference from that of PyTorch in float32",
-        columns=("step", REFERENCE, *others),
+        columns=("step", REFERENCE, *largest),
         rows=[
             *(
                 (
                     str(i + 1),
                     f"{reference[i]:.5f}",
-                    *(f"{found[name][i] - reference[i]:+.1e}" for name in others),
+                    *(f"{found[name][i] - reference[i]:+.1e}" for name in largest),
                 )
                 for i in shown
             ),
-            ("largest of all", "", *(f"{apart[name]:.1e}" for name in others)),
+            ("largest of all", "", *(f"{value:.1e}" for value in largest.values())),
         ],
         words=1,
     )

@@ -3,7 +3,7 @@
 Speed of a shared machine changes from one minute to the next, more than the rows differ. So all
 rows of a model are made first; then, round after round, each works for a second while the others
 are stopped (their threads would wait for work by spinning), and only rows of the same rounds are
-compared. A row's process calls `serve`; `Row` starts one and asks it.
+compared (`in_turn`). A row's process calls `serve`; `Row` starts one and asks it.
 
 The system below a virtual machine moves its cores about: for seconds or minutes both may share one
 core, or lie far apart, where what one wrote reaches the other at a sixth of the speed. `Machine`
@@ -12,6 +12,7 @@ measures when they are side by side, and again where they were not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -20,9 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic, TypeVar
 
+from benchmarks import report
 from benchmarks.report import ROOT, THREADS
 
 LEAST = 5
@@ -53,7 +57,57 @@ PROBED = 0.015
 PATIENCE = (60, 1500.0)
 """Of a measurement's seconds, and seconds of a run: so long is waited for a better machine."""
 
+Key = TypeVar("Key")
 Result = TypeVar("Result")
+
+
+@dataclass(kw_only=True)
+class Turns(Generic[Key]):
+    """What came of rows that worked in turn: of each what it says of itself, and milliseconds,
+    medians of each round; or the last words of one that failed.
+    """
+
+    facts: dict[Key, dict[str, Any]] = field(default_factory=dict)
+    medians: dict[Key, list[dict[str, float]]] = field(default_factory=dict)
+    failed: dict[Key, str] = field(default_factory=dict)
+
+    def tried(self, key: Key, work: Callable[[], Result]) -> Result | None:
+        """What `work` of this row gives, nothing where the row fails: the others go on."""
+        try:
+            return work()
+        except RowFailed as reason:
+            self.failed[key] = str(reason)
+            print(f"\n{key} failed: {reason}", file=sys.stderr)
+            return None
+
+
+def in_turn(
+    rows: Mapping[Key, tuple[str, ...]], rounds: int, seconds: float, *, what: str, rest: float = 0
+) -> Turns[Key]:
+    """Starts all rows (`Row`'s arguments), then times them round after round.
+
+    `what` they do is for the terminal; before each there is a rest of so many seconds.
+    """
+    turns: Turns[Key] = Turns()
+    started: dict[Key, Row] = {}
+    for key, arguments in rows.items():
+        report.say(f"{what}: {' '.join(arguments[2:])}, getting ready")
+        if row := turns.tried(key, partial(Row, *arguments)):
+            started[key], turns.medians[key] = row, []
+    for round_ in range(rounds):
+        report.say(f"{what}: round {round_ + 1} of {rounds}")
+        for key, row in started.items():
+            if key not in turns.failed:
+                time.sleep(rest)
+                burst = partial(machine.undisturbed, partial(row.burst, seconds), seconds)
+                if times := turns.tried(key, burst):
+                    ms = {name: 1e3 * statistics.median(same) for name, same in times.items()}
+                    turns.medians[key].append(ms)
+    for key, row in started.items():
+        if key not in turns.failed and (facts := turns.tried(key, row.end)) is not None:
+            turns.facts[key] = facts
+    report.say("")
+    return turns
 
 
 class RowFailed(Exception):
@@ -86,8 +140,9 @@ class Row:
         """Seconds of each step, under "step" and other names, of a burst of so many seconds."""
         assert self._process.stdin is not None
         self._signal(signal.SIGCONT)
-        self._process.stdin.write(f"{seconds}\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # It is dead, which its answer tells.
+            self._process.stdin.write(f"{seconds}\n")
+            self._process.stdin.flush()
         times = dict(self._answer())
         self._signal(signal.SIGSTOP)
         return times
@@ -96,7 +151,8 @@ class Row:
         """The row's other values; its process is over then."""
         assert self._process.stdin is not None
         self._signal(signal.SIGCONT)
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         facts = dict(self._answer())
         self._close()
         return facts
@@ -108,16 +164,16 @@ class Row:
             if line.startswith(MARK):
                 return json.loads(line.removeprefix(MARK))
         self._errors.seek(0)
-        words = self._errors.read().strip().splitlines() or ["no words"]
+        words = self._errors.read().strip().splitlines()
         self._close()
-        raise RowFailed(words[-1])
+        raise RowFailed(words[-1] if words else f"no words, status {self._process.returncode}")
 
     def _signal(self, number: signal.Signals) -> None:
         """To the row's process and those that it started."""
         os.killpg(self._process.pid, number)
 
     def _close(self) -> None:
-        with self._process, self._errors:
+        with contextlib.suppress(BrokenPipeError), self._process, self._errors:
             pass
 
 

@@ -10,7 +10,7 @@ import argparse
 import statistics
 
 from benchmarks import report
-from benchmarks.burst import Row
+from benchmarks.burst import in_turn
 from benchmarks.models import Case, cases_named
 from benchmarks.predict import SYSTEMS
 from benchmarks.report import Section, Table
@@ -31,12 +31,18 @@ def main() -> None:
 
 def section(cases: list[Case], seconds: float, *, rounds: int = ROUNDS) -> Section:
     """Milliseconds of one call of each system, in turn."""
-    rows = []
+    rows, failed = [], []
     for case in cases:
         for batch in (1, case.batch):
-            ms = measure(case, batch, seconds, rounds)
-            rows.append((case.name, str(batch), *(f"{value:.3f}" for value in ms.values())))
-    report.say("")
+            commands = {system: ("predict", case.name, system, str(batch)) for system in SYSTEMS}
+            turns = in_turn(commands, rounds, seconds, what=f"{case.name}, inference of {batch}")
+            ms = {
+                system: statistics.median(each["step"] for each in turns.medians[system])
+                for system in turns.facts
+            }
+            found = (f"{ms[system]:.3f}" if system in ms else "–" for system in SYSTEMS)
+            rows.append((case.name, str(batch), *found))
+            failed += [(case.name, str(batch), *words) for words in turns.failed.items()]
     return Section(
         title="Inference",
         text=(
@@ -49,25 +55,10 @@ def section(cases: list[Case], seconds: float, *, rounds: int = ROUNDS) -> Secti
                 title="Milliseconds of a prediction",
                 columns=("model", "examples", *SYSTEMS),
                 rows=rows,
-            )
+            ),
+            *report.failures(failed, "model", "examples", "system"),
         ],
     )
-
-
-def measure(case: Case, batch: int, seconds: float, rounds: int) -> dict[str, float]:
-    """Each system's median over rounds of its rounds' medians."""
-    rows = {}
-    for system in SYSTEMS:
-        report.say(f"{case.name}, {batch}: {system}, getting ready")
-        rows[system] = Row("predict", case.name, system, str(batch))
-    found: dict[str, list[float]] = {system: [] for system in rows}
-    for round_ in range(rounds):
-        report.say(f"{case.name}, {batch}: round {round_ + 1} of {rounds}")
-        for system, row in rows.items():
-            found[system].append(1e3 * statistics.median(row.burst(seconds)["step"]))
-    for row in rows.values():
-        row.end()
-    return {system: statistics.median(same) for system, same in found.items()}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("TVM_NUM_THREADS", "2")
 
@@ -29,21 +30,28 @@ from benchmarks import pictures, report
 from benchmarks.burst import machine
 from benchmarks.models import Case, cases_named
 from benchmarks.report import THREADS, Section, Table
-from myelin import nn
+from myelin import nn, plan
+from myelin.cost import Work
 from myelin.cpu import Cpu, Precision
 from myelin.importers import load as load_model
 from myelin.kernels import amx, bf16
 from myelin.kernels import object as kernel_object
 from myelin.kernels.bf16 import LANES, TILE
 from myelin.kernels.tir import Kernel, load, local, serial, store
+from myelin.lowering import Kernels
+from myelin.model import Model
 from myelin.optimizer import SGD
 from myelin.outside import Outside
-from myelin.plan import compile_training
+from myelin.program import Program
 
+FAR = 0.3
+"""Of the time measured: a prediction that is further off is marked."""
 CHAINS = 12
 """Accumulators at once: more than the latency of a multiply-add times its units."""
 RUN = 32
 """Products of tiles in a row for each of four sums."""
+TILE_OPERATIONS = 2 * TILE * 2 * LANES
+"""Of one product of tiles: a multiply-add for each number of the result and each pair's part."""
 IN_CACHE, IN_MEMORY = 1 << 20, 256 << 20
 """Bytes of the arrays that are copied."""
 
@@ -52,6 +60,7 @@ IN_CACHE, IN_MEMORY = 1 << 20, 256 << 20
 class Limits:
     """10⁹ operations a second, 10⁹ bytes a second read and written, of this machine now."""
 
+    lanes: int
     gflops: float
     bf16_gflops: float | None
     tile_gflops: float | None
@@ -63,19 +72,21 @@ class Limits:
         """The copy that `size` bytes compare with."""
         return self.cache_gbytes if size <= self.cache else self.memory_gbytes
 
-    def peak(self, algorithm: str) -> float:
-        """The 10⁹ operations a second that an algorithm compares with, by its operands: those of
-        linear layers are in tiles where there are some, and bf16x3 takes three products for one.
+    def computing(self, work: Work) -> float:
+        """Milliseconds of the multiply-adds that the algorithm really makes, each by the rate of
+        its kind; those of all operations where it makes none.
         """
-        if "bf16" not in algorithm or self.bf16_gflops is None:
-            return self.gflops
-        in_tiles = algorithm.startswith(("tiles", "bf16")) and self.tile_gflops
-        return (in_tiles or self.bf16_gflops) / (3 if algorithm.endswith("x3") else 1)
+        vectors = work.products + work.points + work.pairs
+        ms = 2e-6 * self.lanes * vectors / self.gflops
+        if work.dots and self.bf16_gflops:
+            ms += 4e-6 * self.lanes * work.dots / self.bf16_gflops
+        if work.tiles and self.tile_gflops:
+            ms += TILE_OPERATIONS * 1e-6 * work.tiles / self.tile_gflops
+        return ms or 1e3 * work.gflop / self.gflops
 
     def ms(self, call: Timed) -> float:
         """The roofline: what computing or moving takes at least."""
-        computing = 1e3 * call.gflop / self.peak(call.algorithm)
-        return max(computing, call.bytes / self.gbytes(call.bytes) / 1e6)
+        return max(self.computing(call.work), call.bytes / self.gbytes(call.bytes) / 1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +95,7 @@ class Timed:
 
     layer: str
     kernel: str
-    algorithm: str
-    gflop: float
+    work: Work
     predicted_ms: float
     bytes: int
     ms: float
@@ -108,15 +118,7 @@ def timed(
     """Each call of a model's step, timed where it stands between the others."""
     cpu = Cpu.native()
     model = load_model(case.layers(nn), case.shape)
-    program = compile_training(
-        model,
-        loss="cross-entropy",
-        optimizer=SGD(lr=0.01),
-        batch=case.batch,
-        cpu=cpu,
-        precision=precision,
-        private=private,
-    )
+    program, work = planned(case, model, cpu, precision, private=private)
     outside = Outside(program, cpu)
     generator = np.random.default_rng(0)
     x = generator.normal(size=(case.batch, *case.shape)).astype(np.float32)
@@ -135,8 +137,7 @@ def timed(
         Timed(
             layer=decision.layer,
             kernel=decision.kernel,
-            algorithm=decision.algorithm,
-            gflop=decision.gflop,
+            work=work[decision.kernel],
             predicted_ms=decision.ms,
             bytes=decision.bytes,
             ms=1e3 * statistics.median(times),
@@ -145,21 +146,48 @@ def timed(
     ]
 
 
+def planned(
+    case: Case, model: Model, cpu: Cpu, precision: Precision, *, private: bool
+) -> tuple[Program, dict[str, Work]]:
+    """A step's plan, and the planner's own account of each kernel's work, which no plan keeps."""
+    libraries: list[Kernels] = []
+
+    def kept(**options: Any) -> Kernels:
+        libraries.append(Kernels(**options))
+        return libraries[-1]
+
+    with mock.patch.object(plan, "Kernels", kept):
+        program = plan.compile_training(
+            model,
+            loss="cross-entropy",
+            optimizer=SGD(lr=0.01),
+            batch=case.batch,
+            cpu=cpu,
+            precision=precision,
+            private=private,
+        )
+    (library,) = libraries
+    return program, {name: cost.work for name, cost in library.costs.items()}
+
+
 def roofline(
     cases: Sequence[Case],
     seconds: float,
     precision: Precision = "float32",
     worst: int | None = None,
+    predicted: Sequence[Precision] = (),
 ) -> Section:
     """Kernels of each model by the time that they lose against the machine's limits.
 
-    All of them, or the `worst` of each model.
+    All of them, or the `worst` of each model. Of the other precisions `predicted` only the
+    planner's predictions are compared.
     """
     limits = measure_limits(Cpu.native(), seconds)
     calls = {}
     for case in cases:
-        report.say(f"{case.name}: kernels")
-        calls[case] = timed(case, seconds, precision=precision)
+        for each in (precision, *predicted):
+            report.say(f"{case.name}: kernels, {each}")
+            calls[case, each] = timed(case, seconds, precision=each)
     report.say("")
     return Section(
         title="Kernels against the machine",
@@ -167,29 +195,41 @@ def roofline(
             f"Calls of a private step outside the cell, without gather and noise, {precision}, "
             "each timed where it stands in the step. Kernels are "
             "sorted by the time they lose: their own less that of the limit which binds them, "
-            "arithmetic or copying. Operations are those of the direct algorithm, so Winograd "
-            "convolutions may pass 100 %; bytes are those of a call's arguments, so data from "
-            "the cache may."
+            "arithmetic or copying. *Of peak* and *lost* go by the multiply-adds that a kernel's "
+            "algorithm really makes, as the planner counts them (those of empty lanes with them), "
+            "at this machine's rate for float32, bf16 or tiles; what else it does, such as "
+            "Winograd's transforms, counts as lost. Kernels without multiply-adds go by their "
+            "other operations. *GF/s of the direct algorithm* are what the same result takes "
+            "directly, in the time measured: so fast do Winograd convolutions seem, which may "
+            "pass the limit. Bytes are those of a call's arguments, so data from the cache may "
+            f"pass 100 % of a copy. Predictions more than {FAR:.0%} off are marked with !."
         ),
         tables=[
             limit_table(limits),
             prediction_table(calls),
-            *(kernel_table(case, found, limits, worst) for case, found in calls.items()),
+            *(kernel_table(case, calls[case, precision], limits, worst) for case in cases),
         ],
     )
 
 
-def prediction_table(calls: Mapping[Case, Sequence[Timed]]) -> Table:
+def prediction_table(calls: Mapping[tuple[Case, Precision], Sequence[Timed]]) -> Table:
     """What the planner's cost model says of each step, and what it took."""
     rows = []
-    for case, found in calls.items():
-        predicted, ms = (sum(getattr(c, n) for c in found) for n in ("predicted_ms", "ms"))
-        rows.append((case.name, f"{predicted:.2f}", f"{ms:.2f}", f"{predicted / ms:.2f}"))
+    for (case, precision), found in calls.items():
+        ours, ms = (sum(getattr(c, n) for c in found) for n in ("predicted_ms", "ms"))
+        rows.append((case.name, precision, f"{ours:.2f}", f"{ms:.2f}", quotient(ours, ms)))
     return Table(
         title="The planner's predictions",
-        columns=("model", "predicted, ms", "measured, ms", "predicted ÷ measured"),
+        columns=("model", "precision", "predicted, ms", "measured, ms", "predicted ÷ measured"),
         rows=rows,
+        words=2,
     )
+
+
+def quotient(predicted: float, measured: float) -> str:
+    """Predicted ÷ measured, with a mark where it is far from 1."""
+    found = predicted / measured
+    return f"! {found:.2f}" if abs(found - 1) > FAR else f"{found:.2f}"
 
 
 def limit_table(limits: Limits) -> Table:
@@ -216,7 +256,8 @@ def kernel_table(
     for name in sorted(same, key=lambda name: -lost[name])[:worst]:
         group = same[name]
         ms = sum(call.ms for call in group)
-        gflops = 1e3 * sum(call.gflop for call in group) / ms
+        gflops = 1e3 * sum(call.work.gflop for call in group) / ms
+        computing = sum(limits.computing(call.work) for call in group)
         gbytes = sum(call.bytes for call in group) / ms / 1e6
         copy = limits.gbytes(group[0].bytes)
         layers = list(dict.fromkeys(call.layer or "–" for call in group))
@@ -227,11 +268,11 @@ def kernel_table(
                 str(len(group)),
                 f"{ms:.3f}",
                 f"{lost[name]:.3f}",
+                f"{100 * computing / ms:.0f} %",
                 f"{gflops:.1f}",
-                f"{100 * gflops / limits.peak(group[0].algorithm):.0f} %",
                 f"{gbytes:.1f}",
                 f"{100 * gbytes / copy:.0f} %",
-                f"{sum(call.predicted_ms for call in group) / ms:.2f}",
+                quotient(sum(call.predicted_ms for call in group), ms),
             )
         )
     total = sum(call.ms for call in calls)
@@ -240,7 +281,8 @@ def kernel_table(
         f"{sum(lost.values()) / total:.0%} of them lost",
         columns=(
             *("kernel", "layer", "calls", "ms", "lost ms"),
-            *("GF/s", "of peak", "GB/s", "of copy", "predicted ÷ measured"),
+            *("of peak", "GF/s of the direct algorithm", "GB/s", "of copy"),
+            "predicted ÷ measured",
         ),
         rows=rows,
         words=2,
@@ -311,11 +353,12 @@ def measure_limits(cpu: Cpu, seconds: float) -> Limits:
         blocks = repeats // 100
         a = np.full((2, 4, TILE), 0x3F003F00, np.int32)
         y = np.zeros((THREADS, 4, TILE), np.float32)
-        operations = 2 * 4 * TILE * 2 * LANES * RUN * THREADS * blocks
+        operations = 4 * TILE_OPERATIONS * RUN * THREADS * blocks
         tiles = operations / 1e9 / fastest(tile_loop(blocks), (a, y), cpu, seconds)
     if "avx512_bf16" in cpu.features:
         bf16 = 2 * gflops(dot_loop(cpu, repeats), "int32")
     return Limits(
+        lanes=cpu.lanes,
         gflops=gflops(fma_loop(cpu, repeats), "float32"),
         bf16_gflops=bf16,
         tile_gflops=tiles,

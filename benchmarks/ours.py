@@ -5,10 +5,12 @@
     outside          gradient and update without privacy, through TVM's own runtime
     outside-private  the same with norms and clipping, without noise
     cell             everything that a private step does: gather, gradient, noise, update
+    cell-plain       the same of an image without privacy, and what its noise is told apart by
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import sys
@@ -24,8 +26,8 @@ import numpy as np
 from benchmarks.burst import KEPT, serve, timed
 from benchmarks.models import Case, case_named
 from benchmarks.report import peak_mib
-from benchmarks.step import Run, build
-from myelin import nn
+from benchmarks.step import Run, build, smallest
+from myelin import nn, recipe
 from myelin.cpu import Cpu, Precision
 from myelin.importers import load
 from myelin.optimizer import SGD
@@ -44,11 +46,11 @@ def main() -> None:
         "model": case.name,
         "batch": case.batch,
         "system": "myelin",
-        "mode": mode.removesuffix("-private"),
+        "mode": mode.partition("-")[0],
         "precision": precision,
-        "private": mode != "outside",
+        "private": mode in ("outside-private", "cell"),
     }
-    if mode == "cell":
+    if identity["mode"] == "cell":
         _serve_cell(case, precision, identity)
     else:
         _serve_outside(case, precision, identity)
@@ -88,37 +90,54 @@ def _serve_outside(case: Case, precision: Precision, identity: dict[str, Any]) -
 def _serve_cell(case: Case, precision: Precision, identity: dict[str, Any]) -> None:
     """Records = batch, so sample_rate is 1 and a step exactly one physical batch.
 
-    "rest" is the time of the same without kernels: gather, sampling and noise.
+    "rest" is the time of the same without kernels: gather, sampling and noise. "gather" is that
+    without noise, for the row without privacy, which needs none.
     """
-    with tempfile.TemporaryDirectory() as name:
+    private: bool = identity["private"]
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as cells:
         folder = Path(name)
+
+        def built(of: Case, *left_out: str) -> recipe.Build:
+            to = folder / f"{of.name} {' '.join(left_out)}"
+            return build(of, case.batch, to, *left_out, precision=precision, private=private)
+
+        def running(image: recipe.Build, of: Case) -> Run:
+            run = Run(image, of, case.batch, "process")
+            cells.enter_context(run.cell)
+            return run.load()
+
         start = time.perf_counter()
-        built = build(case, case.batch, folder / "whole", precision=precision)
-        build_seconds = time.perf_counter() - start
-        launches = []
-        for _ in range(LAUNCHES):
-            run = Run(built, case, case.batch, "process")
-            launches.append(run.launch_ms)
-            run.cell.close()
+        image = built(case)
+        seconds = time.perf_counter() - start
+        of_image = _image(image, case, seconds) if private else {}
         parts = ("gradient", "update")
-        bare = build(case, case.batch, folder / "bare", *parts, precision=precision)
-        whole = Run(built, case, case.batch, "process").load()
-        rest = Run(bare, case, case.batch, "process").load()
+        whole = running(image, case)
+        rests = {"rest": running(built(case, *parts), case)}
+        if not private:
+            rests["gather"] = running(built(smallest(case), *parts), smallest(case))
 
         def burst(seconds: float) -> dict[str, list[float]]:
-            return {"step": whole.times(seconds), "rest": rest.times(seconds / 4)}
+            found = {"step": whole.times(seconds)}
+            return found | {name: run.times(seconds / 4) for name, run in rests.items()}
 
         def facts() -> dict[str, Any]:
-            return identity | {
-                "peak_mib": peak_mib(whole.cell.pid),
-                "before_mib": 0.0,
-                "build_seconds": build_seconds,
-                "image_bytes": len(built.image.content),
-                "launch_ms": statistics.median(launches),
-            }
+            return identity | of_image | {"peak_mib": peak_mib(whole.cell.pid), "before_mib": 0.0}
 
-        with whole.cell, rest.cell:
-            serve(burst, facts)
+        serve(burst, facts)
+
+
+def _image(image: recipe.Build, case: Case, seconds: float) -> dict[str, float]:
+    """What the table of images says, `seconds` being those of the build."""
+    launches = []
+    for _ in range(LAUNCHES):
+        run = Run(image, case, case.batch, "process")
+        launches.append(run.launch_ms)
+        run.cell.close()
+    return {
+        "build_seconds": seconds,
+        "image_bytes": len(image.image.content),
+        "launch_ms": statistics.median(launches),
+    }
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import rich.table
 from rich.console import Console
+from rich.text import Text
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build"
 PICTURES = ROOT / "docs" / "pictures"
 THREADS = 2
-VERSIONS = ("myelin", "apache-tvm", "torch", "opacus", "numpy")
+VERSIONS = ("myelin", "apache-tvm", "torch", "opacus", "onnxruntime", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +39,19 @@ class Table:
         for i, column in enumerate(self.columns):
             table.add_column(column, justify="left" if i < self.words else "right")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         console.print(table)
 
     def markdown(self) -> str:
         """For the page."""
         numbers = len(self.columns) - self.words
+        rows = [[cell.replace("|", r"\|") for cell in row] for row in self.rows]
         lines = [
             f"**{self.title}**",
             "",
             f"| {' | '.join(self.columns)} |",
             "|" + " --- |" * self.words + " ---: |" * numbers,
-            *(f"| {' | '.join(row)} |" for row in self.rows),
+            *(f"| {' | '.join(row)} |" for row in rows),
         ]
         return "\n".join(lines)
 
@@ -82,6 +84,13 @@ class Section:
             *(table.markdown() for table in self.tables),
         ]
         return "\n\n".join(parts)
+
+
+def failures(rows: Sequence[Sequence[str]], *columns: str) -> list[Table]:
+    """A table of the rows that failed, by `columns` and their last words, where there are some."""
+    columns = (*columns, "last words")
+    title = "Rows that failed"
+    return [Table(title=title, columns=columns, rows=rows, words=len(columns))] if rows else []
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ def measure(case: Case, x: float, batch: int, seconds: float) -> Point:
     report.say(f"{case.name}: batch {batch}, {case.batch} at once, point {x:g}")
     with tempfile.TemporaryDirectory() as name:
         built = build(case, batch, Path(name))
-        run = Run(built, case, batch, "process", sampled=batch).load()
+        run = Run(built, case, batch, "process", drawn=batch).load()
         median = statistics.median(machine.undisturbed(partial(run.times, seconds), seconds))
         point = Point(
             x=x,

@@ -1,16 +1,11 @@
-"""Where the time of a private step goes, and how long an image takes to its first evidence.
-
-`python -m benchmarks.step MODEL [RECORDS] [BACKEND]` builds a model of the tables several times,
-each time with programs left out, and takes the differences: no image has a clock inside. Prints one
-JSON line.
+"""Images and their instances, as benchmarks need them: a model of the tables, built with programs
+left out and run on records drawn at random. No image has a clock inside, so what a part of a step
+takes is the difference of two images.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import statistics
-import sys
 import tempfile
 import time
 from io import BytesIO
@@ -21,15 +16,20 @@ from unittest import mock
 import numpy as np
 
 import myelin
-from benchmarks.models import Case, case_named
+from benchmarks.models import Case
 from myelin import nn, recipe, seal
 from myelin.cell import Cell
 from myelin.cpu import Cpu, Precision
 from myelin.enclave import Enclave
 from myelin.evidence import Evidence
+from myelin.features import Features
 from myelin.grant import grant
 
-REPEATS, MOST_STEPS = 5, 500_000
+REPEATS = 5
+MOST_STEPS = 500_000
+"""Of a run: the privacy of more takes long to account for."""
+MOST_AT_ONCE = 2_000
+"""Of one measurement: short steps would else use up those of the run."""
 NONCE = bytes(32)
 
 
@@ -40,12 +40,18 @@ def build(
     *left_out: str,
     precision: Precision = "float32",
     threads: int = 2,
+    private: bool = True,
+    features: Features = recipe.FLOAT32,
 ) -> recipe.Build:
-    """An image whose programs of these names are empty."""
+    """An image whose programs of these names are empty; it holds the kernels of the others."""
 
     def compiled(*args: Any, **options: Any) -> Any:
-        program = recipe_compile(*args, **options)
-        return dataclasses.replace(program, **dict.fromkeys(left_out, ()))
+        program = recipe_compile(*args, **options, private=private)
+        program = dataclasses.replace(program, **dict.fromkeys(left_out, ()))
+        calls = (*program.gradient, *program.predict, *program.update)
+        used = {call.kernel for call in calls}
+        kernels = {name: kernel for name, kernel in program.kernels.items() if name in used}
+        return dataclasses.replace(program, kernels=kernels)
 
     recipe_compile = recipe.compile_training
     with mock.patch.object(recipe, "compile_training", compiled):
@@ -56,6 +62,7 @@ def build(
             optimizer=myelin.SGD(lr=0.01, momentum=0.9),
             batch=case.batch,
             records=records,
+            features=features,
             cpu=Cpu.native().level,
             precision=precision,
             threads=threads,
@@ -63,8 +70,23 @@ def build(
         )
 
 
+def smallest(case: Case) -> Case:
+    """A model of the same records with next to no weights, so with next to no noise."""
+
+    def layers(lib: Any) -> Any:
+        if len(case.shape) == 1:
+            return lib.Sequential(lib.Linear(*case.shape, 2))
+        return lib.Sequential(lib.GlobalAvgPool2d(), lib.Flatten(), lib.Linear(case.shape[0], 2))
+
+    name = f"smallest of {case.name}"
+    return Case(name=name, shape=case.shape, batch=case.batch, layers=layers, classes=2)
+
+
 class Run:
-    """An instance of an image, launched as far as its first evidence; `load` gives it records."""
+    """An instance of an image, launched as far as its first evidence; `load` gives it records.
+
+    A step draws `drawn` of them on average, a physical batch unless given.
+    """
 
     def __init__(
         self,
@@ -72,16 +94,16 @@ class Run:
         case: Case,
         records: int,
         backend: str,
-        sampled: int | None = None,
+        *,
+        drawn: int | None = None,
     ) -> None:
-        """`sampled` records take part in a step, those of one physical batch unless stated."""
         self.case, self.records = case, records
         self.built, self.owner = built, myelin.Party.generate("owner")
         privacy = myelin.Privacy.for_records(
             records,
             noise_multiplier=1000.0,
             max_grad_norm=1.0,
-            sample_rate=(sampled or case.batch) / records,
+            sample_rate=(drawn or case.batch) / records,
             steps=MOST_STEPS,
             delta=1e-5,
         )
@@ -120,7 +142,9 @@ class Run:
         )
         fresh = myelin.appraise(claim.to_bytes(), world.endorsements(now=now), policy, NONCE, now)
         draws = np.random.default_rng(0)
-        x = draws.random((records, *case.shape), np.float32)
+        x: Any = draws.random((records, *case.shape), np.float32)
+        if self.built.image.description["record"]["type"] == "uint8":
+            x = (256 * x).astype(np.uint8)
         y = draws.integers(0, case.classes, records).astype(np.int32)
         sealed = BytesIO()
         key = seal.seal_records(x, y, sealed, capacity=records)
@@ -142,49 +166,12 @@ class Run:
         size = max(1, min(200, int(0.1 / min(self._train(2) for _ in range(3)))))
         times = [self._train(size) for _ in range(REPEATS)]
         until = time.perf_counter() + seconds
-        while time.perf_counter() < until and self.left > 2 * size:
+        while time.perf_counter() < until and len(times) * size < MOST_AT_ONCE:
             times.append(self._train(size))
         return times
-
-    def step(self) -> float:
-        """Milliseconds of a step, median."""
-        return 1e3 * statistics.median(self.times(1.0))
 
     def _train(self, steps: int) -> float:
         start = time.perf_counter()
         self.enclave.train(steps=steps, sample_rate=self.rate, noise_multiplier=self.noise)
         self.left -= steps
         return (time.perf_counter() - start) / steps
-
-
-def main() -> None:
-    """Build, measure, print."""
-    name = sys.argv[1]
-    records = int(sys.argv[2]) if len(sys.argv) > 2 else 60_000
-    backend = sys.argv[3] if len(sys.argv) > 3 else "process"
-    case = case_named(name)
-    folder = Path(tempfile.mkdtemp())
-    left_out: dict[str, tuple[str, ...]] = {
-        "whole": (),
-        "no_gradient": ("gradient",),
-        "no_kernels": ("gradient", "update"),
-    }
-    row: dict[str, Any] = {"model": case.name, "records": records, "backend": backend}
-    found: dict[str, float] = {}
-    for variant, names in left_out.items():
-        run = Run(build(case, records, folder / variant, *names), case, records, backend).load()
-        found[variant] = run.step()
-        if variant == "whole":
-            row |= {"launch_ms": run.launch_ms, "load_gb_s": run.load_gb_s}
-        run.cell.close()
-    row |= {
-        "step_ms": found["whole"],
-        "gradient_ms": found["whole"] - found["no_gradient"],
-        "update_ms": found["no_gradient"] - found["no_kernels"],
-        "gather_and_noise_ms": found["no_kernels"],
-    }
-    print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}))
-
-
-if __name__ == "__main__":
-    main()

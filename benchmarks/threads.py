@@ -15,9 +15,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from benchmarks import report
@@ -98,9 +99,9 @@ def limits(seconds: float) -> Section:
     )
 
 
-def medians(runs: dict[int, Run], seconds: float, *, quiet: bool = True) -> list[float]:
+def medians(runs: Mapping[Any, Run], seconds: float, *, quiet: bool = True) -> list[float]:
     """Milliseconds of a step of each run, rounds in turn; `quiet` where nothing is beside it."""
-    times: dict[int, list[float]] = {key: [] for key in runs}
+    times: dict[Any, list[float]] = {key: [] for key in runs}
     for _ in range(ROUNDS):
         for key, run in runs.items():
             found = machine.undisturbed(partial(run.times, seconds / ROUNDS), quiet * seconds)

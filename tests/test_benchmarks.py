@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 
 from myelin import nn
+from myelin.cost import Work
 from myelin.cpu import Cpu
 from myelin.importers import load
 from myelin.optimizer import SGD
@@ -25,9 +28,20 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
 from benchmarks import __main__ as bench  # noqa: E402
-from benchmarks import accuracy, burst, inference, kernels, pictures, scaling, threads  # noqa: E402
+from benchmarks import (  # noqa: E402
+    accuracy,
+    burst,
+    inference,
+    kernels,
+    pictures,
+    records,
+    report,
+    scaling,
+    threads,
+)
 from benchmarks.models import CASES, WIDENED, Case, case_named  # noqa: E402
 from benchmarks.report import Section, Table  # noqa: E402
+from benchmarks.step import smallest  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,14 +58,16 @@ def row(system: str, mode: str, precision: str, private: bool, ms: float, **more
 ROWS = [
     row("pytorch", "eager", "float32", False, 8.0),
     row("pytorch", "compile", "float32", False, 6.0),
-    row("pytorch", "channels_last, memory kept", "float32", False, 5.0),
+    row("pytorch", "eager, memory kept", "float32", False, 5.0),
+    row("pytorch", "channels_last, memory kept", "float32", False, 7.0),
     row("pytorch", "eager", "bf16", False, 3.0),
-    row("pytorch", "channels_last, memory kept", "bf16", False, 2.5),
+    row("pytorch", "channels_last, memory kept", "bf16", False, 3.5),
     row("opacus", "hooks", "float32", True, 40.0),
     row("opacus", "ghost", "float32", True, 20.0, peak_mib=300.0, before_mib=240.0),
     row("opacus", "hooks, memory kept", "float32", True, 16.0),
     row("myelin", "outside", "float32", False, 1.6),
     row("myelin", "outside", "float32", True, 1.5),
+    row("myelin", "cell", "float32", False, 1.25, kernels_ms=1.0),
     row("myelin", "cell", "float32", True, 2.0, kernels_ms=1.2, launch_ms=3.0, image_bytes=1024)
     | {"build_seconds": 1.0},
 ]
@@ -110,10 +126,51 @@ def test_inference_of_one_and_of_many_is_that_of_onnx_runtime(name, batch, tmp_p
 @pytest.mark.slow
 def test_every_system_of_the_inference_benchmark_runs() -> None:
     pytest.importorskip("onnxruntime")
-    (table,) = inference.section([case_named("mlp")], 0.01, rounds=1).tables
+    (table,) = inference.section([case_named("mlp")], 0.0, rounds=1).tables
     assert [row[:2] for row in table.rows] == [("mlp 784-256-128-10", n) for n in ("1", "256")]
     assert all(float(ms) > 0 for row in table.rows for ms in row[2:])
     assert len(table.rows[0]) == len(table.columns) == 6
+
+
+def test_a_prediction_that_failed_is_named_and_the_page_has_the_section(monkeypatch) -> None:
+    found = burst.Turns(
+        facts={"PyTorch": {}},
+        medians={"PyTorch": [{"step": 3.0}, {"step": 1.0}, {"step": 2.0}]},
+        failed={"ONNX Runtime": "no module"},
+    )
+    asked: list[tuple] = []
+    monkeypatch.setattr(inference, "in_turn", lambda *a, **_: asked.append(a[1:]) or found)
+    arguments = argparse.Namespace(models="mlp", rounds=3, seconds=0.5, steps=1, rest=0.0)
+    section = bench.measures(arguments, Path("unused"))["inference"]()
+    assert asked == [(3, 0.5)] * 2
+    times, failed = section.tables
+    assert times.rows[0] == ("mlp 784-256-128-10", "1", "2.000", "–", "–", "–")
+    assert failed.rows[0] == ("mlp 784-256-128-10", "1", "ONNX Runtime", "no module")
+
+
+def test_rows_in_turn_are_measured_when_the_machine_is_undisturbed(monkeypatch) -> None:
+    asked: list[float] = []
+
+    def undisturbed(measure, seconds: float):
+        asked.append(seconds)
+        return measure()
+
+    class Fake:
+        def __init__(self, *arguments: str) -> None:
+            self.number = float(arguments[-1])
+
+        def burst(self, seconds: float) -> dict[str, list[float]]:
+            return {"step": [self.number * seconds] * 3}
+
+        def end(self) -> dict:
+            return {"number": self.number}
+
+    monkeypatch.setattr(burst, "Row", Fake)
+    monkeypatch.setattr(burst.machine, "undisturbed", undisturbed)
+    turns = burst.in_turn({"a": ("m", "c", "1"), "b": ("m", "c", "2")}, 2, 0.5, what="w")
+    assert asked == [0.5] * 4
+    assert turns.medians == {"a": [{"step": 500.0}] * 2, "b": [{"step": 1000.0}] * 2}
+    assert turns.facts == {"a": {"number": 1.0}, "b": {"number": 2.0}}
 
 
 class FakeProbe:
@@ -157,15 +214,21 @@ def test_quotients_take_the_peers_at_their_best() -> None:
             "speed ÷ PyTorch float32, not private": 3.0,
             "the same, PyTorch's memory kept": 2.5,
             "speed ÷ PyTorch bf16, not private": 1.5,
-            "the same, its memory kept": 1.25,
+            "the same, its memory kept": 1.75,
             "speed ÷ better Opacus": 10.0,
             "the same, Opacus' memory kept": 8.0,
-            "time ÷ own not private": 1.25,
+            "time ÷ own not private": 1.6,
             "time of kernels ÷ outside": 0.8,
             "memory ÷ Opacus ghost": 0.1,
             "the same, ghost without its libraries": 0.5,
         }
     )
+
+
+def test_memory_is_kept_in_every_mode_whose_memory_the_c_library_decides() -> None:
+    modes = {(mode.removesuffix(burst.KEPT), p) for _, mode, p in bench.PLAN if burst.KEPT in mode}
+    torch_ = {(mode, p) for mode in ("eager", "channels_last") for p in ("float32", "bf16")}
+    assert torch_ | {("hooks", "float32"), ("ghost", "float32")} <= modes
 
 
 def test_a_peer_that_did_not_run_leaves_no_number() -> None:
@@ -175,8 +238,13 @@ def test_a_peer_that_did_not_run_leaves_no_number() -> None:
 
 
 def test_the_file_has_the_promised_form() -> None:
-    facts = json.loads(json.dumps(bench.facts(ROWS)))
-    assert list(facts) == ["cpu", "threads", "versions", "rows"]
+    failed = [bench.failure("m", "peers", "ghost", "float32", "Out of memory")]
+    facts = json.loads(json.dumps(bench.facts(ROWS, failed)))
+    assert list(facts) == ["cpu", "threads", "versions", "rows", "failed"]
+    assert facts["failed"] == [
+        {"model": "m", "system": "opacus", "mode": "ghost", "precision": "float32"}
+        | {"why": "Out of memory"}
+    ]
     assert len(facts["rows"]) == len(ROWS)
     for found in facts["rows"]:
         assert list(found) == [
@@ -192,6 +260,61 @@ def test_a_row_is_the_median_of_its_rounds() -> None:
     assert found["examples_per_second"] == pytest.approx(10 / 3e-3)
     assert found["kernels_ms"] == 2.75
     assert "kernels_ms" not in bench.finished({"batch": 10}, [{"step": 4.0}])
+
+
+def test_a_row_without_privacy_is_its_step_without_noise() -> None:
+    rounds = [
+        {"step": 4.0, "rest": 1.0, "gather": 0.25},
+        {"step": 2.0, "rest": 1.5, "gather": 0.5},
+        {"step": 9.0, "rest": 0.5, "gather": 0.25},
+    ]
+    found = bench.finished({"batch": 10}, rounds)
+    assert found["median_ms"] == 3.25
+    assert found["examples_per_second"] == pytest.approx(10 / 3.25e-3)
+    assert found["kernels_ms"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("mode", "private", "parts"),
+    [("cell", True, ["step", "rest"]), ("cell-plain", False, ["step", "rest", "gather"])],
+)
+def test_a_row_of_the_cell_has_what_its_noise_is_told_by(mode, private, parts) -> None:
+    row = burst.Row("ours", "mlp", mode, "float32")
+    times = row.burst(0.0)
+    assert list(times) == parts
+    assert all(second > 0 for part in parts for second in times[part])
+    facts = row.end()
+    assert [facts[name] for name in ("system", "mode", "private")] == ["myelin", "cell", private]
+    assert ("launch_ms" in facts) == private
+
+
+@pytest.mark.parametrize("features", records.KINDS, ids=lambda kind: kind.type)
+def test_parts_of_a_step_are_of_the_whole_step(features) -> None:
+    found = records.parts(TINY, 300, features, 0.0, "process")
+    assert found["step"] > 0
+    assert found["draws"] > 0
+    total = sum(ms for part, ms in found.items() if part != "step")
+    assert total == pytest.approx(found["step"])
+
+
+def test_rows_of_records_are_of_one_batch_and_of_many(monkeypatch) -> None:
+    monkeypatch.setattr(records, "parts", lambda *_: dict.fromkeys("abcdef", 1.0))
+    (table,) = records.section([TINY], 0.0, 1000).tables
+    assert [row[1:4] for row in table.rows] == [
+        ("float32", "8", "0.0"),
+        ("float32", "1,000", "3.0"),
+        ("uint8", "1,000", "0.8"),
+    ]
+    assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_smallest_model_takes_the_same_records(case) -> None:
+    small = smallest(case)
+    model = load(small.layers(nn), small.shape)
+    assert (model.input, small.batch) == (case.shape, case.batch)
+    weights = sum(np.prod(shape) for shape in model.shapes.values())
+    assert 50 * weights < sum(np.prod(s) for s in load(case.layers(nn), case.shape).shapes.values())
 
 
 def test_a_row_works_when_asked_and_then_says_what_it_is() -> None:
@@ -225,6 +348,48 @@ def test_a_burst_lasts_as_long_as_it_is_told_and_warms_up_before() -> None:
 def test_a_row_that_cannot_start_says_why() -> None:
     with pytest.raises(burst.RowFailed, match="no model 'lenet'"):
         burst.Row("peers", "lenet", "eager", "float32")
+
+
+def test_rows_that_fail_are_named_beside_those_that_work(tmp_path, monkeypatch) -> None:
+    plan = [("peers", "eager", "float32"), ("ours", "cell", "int8")]
+    monkeypatch.setattr(bench, "PLAN", plan)
+    rows, failed = bench.measure("mlp", 1, 0.0, 0.0)
+    assert [row["mode"] for row in rows] == ["eager"]
+    ((name, *words),) = [tuple(row.values()) for row in failed]
+    assert (name, *words[:-1]) == ("mlp", "myelin", "cell", "int8")
+    assert "int8" in words[-1]
+    (table,) = [
+        table
+        for table in bench.speed(
+            [row | {"before_mib": 0.0} for row in ROWS], failed, tmp_path
+        ).tables
+        if table.title == "Rows that failed"
+    ]
+    assert table.columns == ("model", "system", "mode", "precision", "last words")
+    assert table.rows == [(name, *words)]
+    titles = [table.title for table in bench.speed(ROWS, [], tmp_path).tables]
+    assert "Rows that failed" not in titles
+
+
+def test_a_row_that_dies_between_two_bursts_says_how_and_the_others_go_on(monkeypatch) -> None:
+    class Mortal(burst.Row):
+        def burst(self, seconds: float) -> dict[str, list[float]]:
+            if self._process.args[-2] == "channels_last":
+                os.kill(self._process.pid, signal.SIGKILL)
+            return super().burst(seconds)
+
+    monkeypatch.setattr(burst, "Row", Mortal)
+    rows = {mode: ("peers", "mlp", mode, "float32") for mode in ("eager", "channels_last")}
+    turns = burst.in_turn(rows, 2, 0.0, what="two")
+    assert list(turns.facts) == ["eager"]
+    assert len(turns.medians["eager"]) == 2
+    assert turns.failed == {"channels_last": "no words, status -9"}
+
+
+def test_last_words_with_bars_stay_one_cell() -> None:
+    (table,) = report.failures([("m", "a | b [red]")], "model")
+    assert table.markdown().splitlines()[-1] == r"| m | a \| b [red] |"
+    assert report.failures([], "model") == []
 
 
 def test_a_page_keeps_the_sections_that_are_not_measured_again(monkeypatch) -> None:
@@ -279,6 +444,7 @@ TINY = Case(
     ),
 )
 LIMITS = kernels.Limits(
+    lanes=10,
     gflops=100.0,
     bf16_gflops=None,
     tile_gflops=None,
@@ -288,15 +454,16 @@ LIMITS = kernels.Limits(
 )
 
 
-def call(kernel: str, ms: float, *, gflop: float = 0.0, size: int = 0) -> kernels.Timed:
+def call(kernel: str, ms: float, *, size: int = 0, **work: float) -> kernels.Timed:
+    counted = Work(**{"gflop": 0.0} | work)
     return kernels.Timed(
-        layer="0", kernel=kernel, algorithm="", gflop=gflop, predicted_ms=ms / 2, bytes=size, ms=ms
+        layer="0", kernel=kernel, work=counted, predicted_ms=ms / 2, bytes=size, ms=ms
     )
 
 
 def test_our_kernels_and_pytorch_train_alike_from_the_same_start() -> None:
     found = accuracy.curves(TINY, 12)
-    exact = ["Myelin", "PyTorch", "PyTorch, channels_last"]
+    exact = ["Myelin", "PyTorch", *accuracy.VARIANTS]
     rounded = ["Myelin, bf16", "PyTorch, bf16"] if accuracy.has_bf16() else []
     assert list(found) == [*exact, *rounded]
     reference = found[accuracy.REFERENCE]
@@ -304,6 +471,7 @@ def test_our_kernels_and_pytorch_train_alike_from_the_same_start() -> None:
     assert reference[-1] < reference[0]
     for name in exact:
         np.testing.assert_allclose(found[name], reference, rtol=1e-4)
+    assert all(found[name] != reference for name in accuracy.VARIANTS)
     for name in rounded:
         np.testing.assert_allclose(found[name], reference, rtol=0.02)
         assert found[name] != found["Myelin"]
@@ -315,8 +483,29 @@ def test_without_bf16_its_curves_are_missing_and_it_is_said(
     monkeypatch.setattr(accuracy, "has_bf16", lambda: False)
     monkeypatch.setattr(accuracy, "case_named", lambda _: TINY)
     section = accuracy.section(["tiny"], 2, tmp_path)
-    assert section.tables[0].columns == ("step", "PyTorch", "Myelin", "PyTorch, channels_last")
+    assert section.tables[1].columns == ("step", "PyTorch", "Myelin", *accuracy.VARIANTS)
     assert section.text.endswith("has no bf16: those curves are missing.")
+
+
+def test_our_loss_is_held_against_what_pytorch_differs_from_itself() -> None:
+    first, second, third = accuracy.VARIANTS
+    curves = {
+        "Myelin": [2.0, 1.5],
+        "PyTorch": [2.0, 1.0],
+        **{first: [2.0, 0.75], second: [2.125, 1.0], third: [2.0, 1.0]},
+        **{"Myelin, bf16": [2.0, 4.5], "PyTorch, bf16": [3.0, 1.0]},
+    }
+    table = accuracy.criterion({"m": curves})
+    assert [row[1:] for row in table.rows] == [
+        ("Myelin", "5.0e-01", "2.00", "yes"),
+        (first, "2.5e-01", "1.00", "–"),
+        (second, "1.2e-01", "0.50", "–"),
+        (third, "0.0e+00", "0.00", "–"),
+        ("Myelin, bf16", "3.5e+00", "3.50", "no"),
+        ("PyTorch, bf16", "1.0e+00", "1.00", "–"),
+    ]
+    curves |= dict.fromkeys(accuracy.VARIANTS, curves["PyTorch"])
+    assert accuracy.criterion({"m": curves}).rows[0][3:] == ("inf", "no")
 
 
 def test_the_loss_of_logits_is_that_of_pytorch() -> None:
@@ -334,6 +523,8 @@ def test_every_call_of_a_gradient_is_timed_under_its_layer() -> None:
     assert {call.layer for call in calls} >= {"0", "3"}
     assert all(call.ms > 0 and call.bytes > 0 for call in calls)
     assert len(kernels.timed(TINY, 0.0, private=False)) < len(calls)
+    products = {call.work.gflop for call in calls if call.work.products or call.work.points}
+    assert 2e-9 * 8 * 256 * 10 in products
 
 
 def test_the_kernel_that_loses_most_comes_first() -> None:
@@ -349,9 +540,9 @@ def test_the_kernel_that_loses_most_comes_first() -> None:
     assert found["calls"] == "2"
     assert found["ms"] == "4.000"
     assert found["lost ms"] == "3.000"
-    assert found["GF/s"] == "25.0"
+    assert found["GF/s of the direct algorithm"] == "25.0"
     assert found["of peak"] == "25 %"
-    assert found["predicted ÷ measured"] == "0.50"
+    assert found["predicted ÷ measured"] == "! 0.50"
     copies = dict(zip(table.columns, table.rows[1], strict=True))
     assert copies["of copy"] == "80 %"
 
@@ -377,12 +568,43 @@ def test_the_loops_that_find_the_limits_compute_what_they_claim() -> None:
     assert np.array_equal(a, b)
 
 
-def test_a_kernel_is_held_against_the_limit_of_its_operands() -> None:
-    limits = replace(LIMITS, bf16_gflops=300.0)
-    assert [limits.peak(a) for a in ("winograd", "direct bf16", "bf16")] == [100, 300, 300]
-    limits = replace(limits, tile_gflops=900.0)
-    found = [limits.peak(a) for a in ("direct bf16", "bf16", "tiles bf16", "tiles bf16x3")]
-    assert found == [300, 900, 900, 300]
+def test_predictions_that_are_far_off_are_marked_in_each_precision() -> None:
+    float32 = [call("a", 4.0), call("b", 2.0)]
+    bf16 = [replace(float32[0], predicted_ms=5.2), replace(float32[1], predicted_ms=2.5)]
+    table = kernels.prediction_table({(TINY, "float32"): float32, (TINY, "bf16"): bf16})
+    assert table.rows == [
+        ("tiny", "float32", "3.00", "6.00", "! 0.50"),
+        ("tiny", "bf16", "7.70", "6.00", "1.28"),
+    ]
+    assert kernels.quotient(1.4, 1.0) == "! 1.40"
+
+
+def test_the_page_has_the_predictions_of_more_than_one_precision() -> None:
+    others = [p for p in Cpu.native().precisions if p == "bf16"]
+    section = kernels.roofline([TINY], 0.0, worst=2, predicted=others)
+    _, predictions, own = section.tables
+    assert [row[:2] for row in predictions.rows] == [("tiny", p) for p in ("float32", *others)]
+    assert len(own.rows) == 2
+
+
+def test_winograd_loses_what_is_not_its_own_multiply_adds() -> None:
+    # 4 GF directly, a quarter of them in Winograd's domain: 5e7 vectors of 10 multiply-adds.
+    found = call("winograd", 20.0, gflop=4.0, points=5e7, steps=9e9)
+    table = kernels.kernel_table(TINY, [found, call("direct", 12.0, products=5e7)], LIMITS)
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert [row["kernel"] for row in rows] == ["winograd", "direct"]
+    assert [row["lost ms"] for row in rows] == ["10.000", "2.000"]
+    assert [row["of peak"] for row in rows] == ["50 %", "83 %"]
+    assert rows[0]["GF/s of the direct algorithm"] == "200.0"
+    assert "38% of them lost" in table.title
+
+
+def test_multiply_adds_are_held_against_the_limit_of_their_operands() -> None:
+    limits = replace(LIMITS, bf16_gflops=400.0, tile_gflops=1638.4)
+    for kind, ms in (("products", 2e-4), ("points", 2e-4), ("pairs", 2e-4), ("dots", 1e-4)):
+        assert limits.computing(Work(**{"gflop": 9.0, kind: 1000.0})) == pytest.approx(ms)
+    assert limits.computing(Work(gflop=9.0, tiles=1000.0)) == pytest.approx(1e-2)
+    assert limits.computing(Work(gflop=9.0, steps=1000.0)) == 90.0
 
 
 def test_the_loop_of_tiles_multiplies_as_often_as_it_is_said() -> None:
