@@ -215,6 +215,20 @@ def test_winograd_products_are_those_of_rounded_operands(conv, cpu, call):
     assert_rounded(total, expected_g.sum(0), true_g.sum(0))
 
 
+@test_winograd.of_many_tiles
+def test_many_tiles_at_once_are_those_of_rounded_operands(conv, block, cpu, call):
+    """A pair of channels is one element, so half as much fills the cache."""
+    small = test_winograd.overfull(cpu, conv.ci // 2)
+    forward, backward, _ = templates(conv, small, kernels.Winograd)
+    for kernel in (forward, backward):
+        assert test_winograd.at_once(kernel, conv.ci // 2) == block
+    xp, w, b, d = direct.arrays(conv)
+    true_y, true_dx = direct.output_and_input_gradient(conv, xp, w, d)
+    expected_y, _ = by_points(conv, xp, w, d)
+    assert_rounded(direct.results(call, forward, xp, w, b)[0] - b, expected_y, true_y)
+    assert_like(direct.results(call, backward, d, w)[0], true_dx)
+
+
 @algorithms
 def test_the_object_needs_nothing_that_the_runtime_lacks(algorithm, cpu):
     found = dict(zip(PRODUCTS, templates(SHAPES["whole"], cpu, algorithm), strict=True))
