@@ -6,8 +6,10 @@ import ast
 import hashlib
 import importlib
 import json
+import multiprocessing
 import struct
 from dataclasses import replace
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +270,31 @@ def test_a_kernel_is_compiled_again_where_a_source_of_its_lowering_changed(
     monkeypatch.setattr(module, "__file__", str(changed))
     assert cache.object("kernel", kernel, cpu) == code
     assert len(set(cache.folder.iterdir()) - {first}) == 1
+
+
+def build_at_once(folder: Path, number: int, start: Barrier) -> None:
+    cache = Cache(folder=folder / "cache")
+    start.wait()
+    made = make(folder / "built", cache=cache)
+    (folder / str(number)).write_bytes(made.image.content)
+
+
+def test_two_processes_build_at_once_in_one_folder(built: recipe.Build, tmp_path: Path) -> None:
+    processes = multiprocessing.get_context("spawn")
+    start = processes.Barrier(2, timeout=60)
+    both = [
+        processes.Process(target=build_at_once, args=(tmp_path, number, start))
+        for number in range(2)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    for path in (tmp_path / "0", tmp_path / "1", tmp_path / "built" / "image.elf"):
+        assert path.read_bytes() == built.image.content
+    entries = list((tmp_path / "cache").iterdir())
+    assert len(entries) == len(built.image.description["kernels"])
 
 
 def test_progress_names_every_kernel(tmp_path: Path) -> None:
