@@ -1,5 +1,7 @@
 """Convolutions of bfloat16 operands, against float64 convolutions of operands PyTorch rounded."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import test_conv as direct
@@ -7,7 +9,13 @@ import test_epilogue
 import test_mixed
 import test_winograd
 from hypothesis import HealthCheck, given, settings
-from templates import assert_runtime_suffices, assert_same_bits_on_one_thread, assert_stored_norms
+from hypothesis import strategies as st
+from templates import (
+    assert_runtime_suffices,
+    assert_same_bits_on_one_thread,
+    assert_stored_norms,
+    few,
+)
 
 from myelin.kernels import mixed_conv as kernels
 from myelin.kernels.conv import Conv
@@ -148,6 +156,7 @@ VECTORS = {
     "ragged": Conv(n=2, h=9, w=11, ci=16, co=48, **SQUARE),
     "narrow": Conv(n=11, h=3, w=4, ci=32, co=16, kh=3, kw=3),
     "border": Conv(n=3, h=7, w=5, ci=48, co=32, kh=3, kw=3, padding=(0, 1, 2, 0)),
+    "flat": Conv(n=3, h=1, w=2, ci=16, co=32, **SQUARE),
     "deep": Conv(n=2, h=16, w=16, ci=128, co=128, **SQUARE),
 }
 of_whole_vectors = pytest.mark.parametrize("conv", VECTORS.values(), ids=VECTORS)
@@ -201,6 +210,21 @@ def assert_like(value, true):
 
 @of_whole_vectors
 def test_winograd_products_are_those_of_rounded_operands(conv, cpu, call):
+    check_winograd(conv, cpu, call)
+
+
+@pytest.mark.slow
+@given(
+    conv=test_winograd.convs(),
+    channels=st.tuples(*[st.sampled_from([16, 32, 48])] * 2),
+)
+@few(5)
+def test_winograd_products_of_any_shape(cpu, call, conv, channels):
+    ci, co = channels
+    check_winograd(replace(conv, ci=ci, co=co), cpu, call)
+
+
+def check_winograd(conv, cpu, call):
     xp, w, b, d = direct.arrays(conv)
     forward, backward, stored = templates(conv, cpu, kernels.Winograd)
     true_y, true_dx = direct.output_and_input_gradient(conv, xp, w, d)

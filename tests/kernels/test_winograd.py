@@ -24,6 +24,8 @@ SHAPES = {
     "ragged": Conv(n=2, h=9, w=11, ci=20, co=50, **SQUARE),
     "scalars": Conv(n=3, h=7, w=5, ci=1, co=1, kh=3, kw=3, padding=(0, 1, 2, 0)),
     "narrow": Conv(n=11, h=3, w=4, ci=17, co=3, kh=3, kw=3),
+    "flat": Conv(n=5, h=1, w=2, ci=3, co=5, **SQUARE),
+    "pixel": Conv(n=2, h=1, w=1, ci=16, co=18, kh=3, kw=3, padding=(2, 0, 1, 2)),
     "many": Conv(n=29, h=4, w=5, ci=3, co=18, **SQUARE),
 }
 every_shape = pytest.mark.parametrize("conv", SHAPES.values(), ids=SHAPES)
@@ -188,8 +190,8 @@ def convs(draw):
     padding = draw(st.tuples(*[st.integers(0, 2)] * 4))
     return Conv(
         n=draw(st.integers(1, 6)),
-        h=draw(st.integers(3, 14)),
-        w=draw(st.integers(3, 14)),
+        h=draw(st.integers(max(1, 3 - padding[0] - padding[2]), 14)),
+        w=draw(st.integers(max(1, 3 - padding[1] - padding[3]), 14)),
         ci=draw(st.integers(1, 36)),
         co=draw(st.integers(1, 70)),
         kh=3,
