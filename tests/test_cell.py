@@ -23,7 +23,7 @@ from myelin.errors import CellDied, EnclaveRefused, UsageError
 from myelin.native import native_file
 
 SOURCES = Path(__file__).parent / "cell_image"
-ECHO, REFUSE, SPIN, GATHER, HEAP_ENDS, AVX2, AVX512, ALONE = range(8)
+ECHO, REFUSE, SPIN, GATHER, HEAP_ENDS, AVX2, AVX512, ALONE, TILES = range(9)
 WRITE, READ = 10, 11
 BASE, MAILBOX = 0x4000_0000, 0x10_0000_0000
 PROGRAM_HEADERS, HEADER_BYTES = 64, 56
@@ -366,7 +366,8 @@ def test_tile_registers_are_had_before_the_cell_is_locked(image: Path, backend: 
         pytest.skip("this machine has no AMX: only the refusal was tested")
     try:
         with Cell(image, backend=backend, threads=2, features=["amx_tile"]) as cell:
-            assert cell.pid > 0
+            number = os.urandom(8)
+            assert cell.request(TILES, number + bytes(8), timeout=WAIT) == 2 * number
     except CellDied as refusal:
         if backend != "kvm" or "KVM gives virtual machines no AMX tile" not in str(refusal):
             raise

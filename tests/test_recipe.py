@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib
 import json
+import multiprocessing
 import struct
 from dataclasses import replace
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from myelin import nn, recipe
 from myelin.cpu import LEVELS, Cpu, Precision
 from myelin.errors import ImageInvalid, ImageMismatch, UsageError
 from myelin.image import Image
+from myelin.kernels import layout
 from myelin.kernels import object as kernel_object
 from myelin.kernels.cache import Cache
 from myelin.optimizer import SGD, Adam
@@ -245,6 +250,55 @@ def test_a_cached_kernel_is_not_compiled_again(
     make(tmp_path / "first", cache=cache)
     monkeypatch.setattr(kernel_object, "build", lambda *_: pytest.fail("compiled again"))
     make(tmp_path / "second", cache=cache)
+
+
+def imported_by_the_lowering() -> list[str]:
+    """Of the kernels' modules: what it does depends on their sources."""
+    tree = ast.parse(Path(kernel_object.__file__).read_text())
+    names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return [name for name in names if name.startswith("myelin.kernels.")]
+
+
+@pytest.mark.parametrize("name", [kernel_object.__name__, *imported_by_the_lowering()])
+def test_a_kernel_is_compiled_again_where_a_source_of_its_lowering_changed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = Cpu.named("x86-64-v3")
+    cache, kernel = Cache(folder=tmp_path / "cache"), layout.permute(cpu, (2, 3), (1, 0))
+    code = cache.object("kernel", kernel, cpu)
+    assert cache.object("kernel", kernel, cpu) == code
+    (first,) = cache.folder.iterdir()
+    module = importlib.import_module(name)
+    changed = tmp_path / "changed.py"
+    changed.write_text(Path(module.__file__ or "").read_text() + "\n# Another source.\n")
+    monkeypatch.setattr(module, "__file__", str(changed))
+    assert cache.object("kernel", kernel, cpu) == code
+    assert len(set(cache.folder.iterdir()) - {first}) == 1
+
+
+def build_at_once(folder: Path, number: int, start: Barrier) -> None:
+    cache = Cache(folder=folder / "cache")
+    start.wait()
+    made = make(folder / "built", cache=cache)
+    (folder / str(number)).write_bytes(made.image.content)
+
+
+def test_two_processes_build_at_once_in_one_folder(built: recipe.Build, tmp_path: Path) -> None:
+    processes = multiprocessing.get_context("spawn")
+    start = processes.Barrier(2, timeout=60)
+    both = [
+        processes.Process(target=build_at_once, args=(tmp_path, number, start))
+        for number in range(2)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    for path in (tmp_path / "0", tmp_path / "1", tmp_path / "built" / "image.elf"):
+        assert path.read_bytes() == built.image.content
+    entries = list((tmp_path / "cache").iterdir())
+    assert len(entries) == len(built.image.description["kernels"])
 
 
 def test_progress_names_every_kernel(tmp_path: Path) -> None:

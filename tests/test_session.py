@@ -16,14 +16,17 @@ from parties import NOW, RESEARCHER, TESTER, A, B, damaged, party, policy, world
 
 from myelin import nn, receipt, recipe, seal
 from myelin.cell import Cell, backends
+from myelin.cpu import PRECISIONS, Cpu, Precision
 from myelin.enclave import Enclave
 from myelin.errors import EnclaveRefused, ImageMismatch
 from myelin.evidence import Appraised, Evidence, appraise
 from myelin.grant import Ledger, grant
 from myelin.job import Job
 from myelin.optimizer import SGD
+from myelin.outside import Outside
 from myelin.party import Party
 from myelin.privacy import Privacy
+from myelin.receipt import Receipt
 from myelin.seal import SealedKey
 from myelin.service import Service
 from myelin.weights import unpack
@@ -151,52 +154,10 @@ def test_zero_gradients_release_exactly_the_noise_that_was_promised(
     built: recipe.Build, tmp_path: Path, backend: Any
 ) -> None:
     job = write_job(built)
-    with Service(
-        job=job,
-        image=built.image_path,
-        weights=built.weights_path,
-        attester=world(),
-        backend=backend,
-    ) as service:
-        for member in (A, B, RESEARCHER):
-            service.approve(job.approve(member))
-        for index, (member, count) in enumerate(((A, 30), (B, 7))):
-            file = BytesIO()
-            features, labels = zero_gradient_records(built, count)
-            key = seal.seal_records(features, labels, file, capacity=CAPACITY)
-            file.seek(0)
-            nonce = secrets.token_bytes(32)
-            fresh = appraise(
-                service.evidence(nonce), service.endorsements(now=NOW), policy(job), nonce, NOW
-            )
-            ledger = Ledger.create(
-                tmp_path / member.name, commitment=key.commitment, epsilon=100, delta=1e-5
-            )
-            service.accept(index, grant(member, job, fresh, key, ledger=ledger), file)
-        fields = PRIVACY.to_fields()
-        service._enclave.weights(built.weights.tobytes())
-        service._enclave.train(
-            steps=1,
-            sample_rate=fields["sample_rate"],
-            noise_multiplier=fields["noise_multiplier"],
-        )
-        finished = service.finish()
-        (output,) = service.outputs()
-        sealed = BytesIO(b"".join(output.sealed))
-    verified = receipt.verify(finished, policy(job), world().endorsements(now=NOW), NOW)
+    records = {member: zero_gradient_records(built, count) for member, count in ((A, 30), (B, 7))}
+    verified, before, after = weights_of_one_step(built, job, records, tmp_path, backend)
     assert verified.privacy.steps == 1
     assert verified.privacy.epsilon < PRIVACY.epsilon
-    plaintext = seal.open_output(
-        RESEARCHER,
-        output.envelope,
-        sealed,
-        job=job,
-        slot="weights",
-        digest=verified.output("weights", RESEARCHER.name).digest,
-    )
-    places = built.image.description["parameters"]
-    before = unpack(places, built.weights)
-    after = unpack(places, np.frombuffer(plaintext, np.float32))
     noise = np.concatenate([(after[name] - before[name]).ravel() for name in before])
     sigma = PRIVACY.noise_multiplier * PRIVACY.max_grad_norm / PRIVACY.expected_batch
     # 10,010 draws: the variance of their variance is 2 / n, so 5 standard errors are 7 %.
@@ -209,6 +170,114 @@ def test_zero_gradients_release_exactly_the_noise_that_was_promised(
     biased = (after[name] - before[name] for name in before if before[name].shape == (10,))
     steps = next(biased).astype(np.float64) * PRIVACY.expected_batch / grid
     np.testing.assert_allclose(steps, np.round(steps), atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_step_in_any_precision_is_the_same_outside_but_for_the_noise(
+    precision: Precision, tmp_path: Path
+) -> None:
+    """Every record is sampled, and all are alike, so that their sum is far larger than the noise:
+    anything a kernel does otherwise in the cell would stand out of it.
+    """
+    cpu = Cpu.native()
+    if precision not in cpu.precisions:
+        pytest.skip(f"{cpu.level} has no {precision}")
+    count, shape, batch = 2048, (16, 8, 8), 64
+    privacy = Privacy.for_records(
+        count, noise_multiplier=0.5, max_grad_norm=0.5, sample_rate=1, steps=1, delta=1e-3
+    )
+    built = recipe.build(
+        nn.Sequential(
+            *(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(144, 10)),
+        ),
+        np.zeros((1, *shape), np.float32),
+        loss="cross-entropy",
+        optimizer=SGD(lr=1.0),
+        records=count,
+        batch=batch,
+        cpu=cpu.level,
+        precision=precision,
+        directory=tmp_path / "built",
+    )
+    assert built.image.description["cpu"]["precision"] == precision
+    x = np.abs(np.random.default_rng(3).standard_normal((count, *shape), np.float32))
+    y = np.full(count, 3, np.int32)
+    job = write_job(built, privacy=privacy, sends={"records": {A.public: count}})
+    _, before, after = weights_of_one_step(built, job, {A: (x, y)}, tmp_path)
+    # docs/image.md, hyper[0]: the roundings of the sum are charged to the threshold.
+    rounding = 2 * built.image.description["additions"] * 2.0**-24 * privacy.max_batch
+    threshold = privacy.max_grad_norm * (1 - rounding)
+    outside = Outside(recipe.plan(built.model_path.read_bytes()), cpu)
+    total = sum(
+        outside.gradient(
+            x[at : at + batch], y[at : at + batch], np.ones(batch), before, threshold
+        ).astype(np.float64)
+        for at in range(0, count, batch)
+    )
+    summed = unpack(built.image.description["parameters"], np.float32(total))
+    inside = {n: (before[n].astype(float) - after[n]) * privacy.expected_batch for n in before}
+    noise = np.concatenate([(inside[name] - summed[name]).ravel() for name in before])
+    gradient = np.concatenate([summed[name].ravel() for name in before])
+    sigma = privacy.noise_multiplier * privacy.max_grad_norm
+    assert gradient.std() > 20 * sigma
+    assert abs(noise.mean()) < 5 * sigma / np.sqrt(len(noise))
+    assert abs(noise.var() / sigma**2 - 1) < 5 * np.sqrt(2 / len(noise))
+
+
+def weights_of_one_step(
+    built: recipe.Build,
+    job: Job,
+    records: dict[Party, tuple[Any, Any]],
+    folder: Path,
+    backend: Any = "process",
+) -> tuple[Receipt, dict[str, Any], dict[str, Any]]:
+    """The receipt of one step, and the weights before it and after it."""
+    with Service(
+        job=job,
+        image=built.image_path,
+        weights=built.weights_path,
+        attester=world(),
+        backend=backend,
+    ) as service:
+        for member in (*records, RESEARCHER):
+            service.approve(job.approve(member))
+        for index, (member, (features, labels)) in enumerate(records.items()):
+            file = BytesIO()
+            capacity = job.sends[index].capacity
+            key = seal.seal_records(features, labels, file, capacity=capacity)
+            file.seek(0)
+            nonce = secrets.token_bytes(32)
+            fresh = appraise(
+                service.evidence(nonce), service.endorsements(now=NOW), policy(job), nonce, NOW
+            )
+            ledger = Ledger.create(
+                folder / member.name, commitment=key.commitment, epsilon=100, delta=1e-5
+            )
+            service.accept(index, grant(member, job, fresh, key, ledger=ledger), file)
+        fields = job.privacy.to_fields()
+        service._enclave.weights(built.weights.tobytes())
+        service._enclave.train(
+            steps=1,
+            sample_rate=fields["sample_rate"],
+            noise_multiplier=fields["noise_multiplier"],
+        )
+        finished = service.finish()
+        (output,) = service.outputs()
+        sealed = BytesIO(b"".join(output.sealed))
+    verified = receipt.verify(finished, policy(job), world().endorsements(now=NOW), NOW)
+    plaintext = seal.open_output(
+        RESEARCHER,
+        output.envelope,
+        sealed,
+        job=job,
+        slot="weights",
+        digest=verified.output("weights", RESEARCHER.name).digest,
+    )
+    places = built.image.description["parameters"]
+    before = unpack(places, built.weights)
+    after = unpack(places, np.frombuffer(plaintext, np.float32))
+    return verified, before, after
 
 
 def test_two_runs_release_different_noise(stage: Any, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from myelin.kernels import object as kernel_object
 os.environ.setdefault("TVM_NUM_THREADS", "2")
 
 
-# Templates know nothing of a level but its lanes, and what products of bfloat16 there are: those
-# have tests of their own.
+# Templates know nothing of a level but its lanes, its cache, and whether there are products of
+# bfloat16 and registers for tiles: those have tests of their own. A cache decides how many tiles
+# Winograd takes at once and whether a linear layer packs its weights: tests there make it small.
 GENERIC = [cpu for cpu in LEVELS if cpu.runtime == cpu.level]
 
 

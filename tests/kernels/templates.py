@@ -1,5 +1,6 @@
 import numpy as np
 import tvm
+from hypothesis import HealthCheck, settings
 
 from myelin.kernels import clipping, elementwise, layout, linear, loss, mixed, reduce, update
 from myelin.kernels.conv import stored_norm_inflation
@@ -35,6 +36,16 @@ def every_template(cpu):
             "squared_norm_bf16": mixed.squared_norm(cpu, m, 4000, n, bias=True),
         }
     return found
+
+
+def few(examples):
+    """So many examples, each of which compiles kernels; the same in every run."""
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
 
 
 def data(*shape, seed=0):

@@ -2,6 +2,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from templates import data, few
 
 from myelin.kernels import clipping
 
@@ -9,12 +12,8 @@ RNG = np.random.default_rng(3)
 N = 53
 
 
-def normal(*shape):
-    return RNG.standard_normal(shape).astype(np.float32)
-
-
-def squares(*shape):
-    return (RNG.random(shape) * 10.0 ** RNG.integers(-6, 6, shape)).astype(np.float32)
+def squares(*shape, rng=RNG):
+    return (rng.random(shape) * 10.0 ** rng.integers(-6, 6, shape)).astype(np.float32)
 
 
 def hyper(threshold):
@@ -24,18 +23,35 @@ def hyper(threshold):
 
 
 def test_clipped_norms_never_exceed_the_threshold(cpu, call):
+    check_factors(cpu, call, N, [1e-6, 3e-5], [1e-5])
+
+
+# Of at most 14 arguments mask, hyper and c are three, and each Gram norm is two.
+@given(
+    n=st.integers(1, 70),
+    inflation=st.lists(st.floats(0, 1e-3), min_size=1, max_size=5),
+    kappa=st.lists(st.floats(0, 1e-3), max_size=3),
+)
+@few(8)
+def test_any_number_of_norms(cpu, call, n, inflation, kappa):
+    check_factors(cpu, call, n, inflation, kappa)
+
+
+def check_factors(cpu, call, n, inflation, kappa):
     """In exact arithmetic, for the largest true norm that the stated bounds allow."""
-    inflation, kappa = [1e-6, 3e-5], [1e-5]
-    terms, (s, t) = [squares(N) for _ in inflation], (squares(N), squares(N))
-    mask = (np.arange(N) % 7 != 0).astype(np.float32)
-    kernel = clipping.clip_factors(cpu, N, 2, 1, inflation=inflation, kappa=kappa)
+    rng = np.random.default_rng(4)
+    terms = [squares(n, rng=rng) for _ in inflation]
+    grams = [(squares(n, rng=rng), squares(n, rng=rng)) for _ in kappa]
+    mask = (np.arange(n) % 7 != 0).astype(np.float32)
+    kernel = clipping.clip_factors(cpu, n, len(terms), len(grams), inflation=inflation, kappa=kappa)
     threshold = np.float32(1.7)
-    c = call(kernel, mask, hyper(threshold), *terms, s, t)
-    for i in range(N):
+    c = call(kernel, mask, hyper(threshold), *terms, *(norm for gram in grams for norm in gram))
+    for i in range(n):
         bound = sum(
             Fraction(float(a[i])) * (1 + Fraction(e)) for a, e in zip(terms, inflation, strict=True)
         )
-        bound += Fraction(float(s[i])) + Fraction(kappa[0]) * Fraction(float(t[i]))
+        for (s, t), error in zip(grams, kappa, strict=True):
+            bound += Fraction(float(s[i])) + Fraction(error) * Fraction(float(t[i]))
         if mask[i] == 0:
             assert c[i] == 0
             continue
@@ -100,7 +116,17 @@ def test_bounds_must_match_the_norms(cpu):
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (50, 333), (64, 64), (300, 10), (9, 17_003)])
 def test_weighted_sum_rounds_once(cpu, call, n, m):
-    g, c = normal(n, m), np.abs(normal(n))
+    check_sum(cpu, call, n, m)
+
+
+@given(st.integers(1, 70), st.integers(1, 300))
+@few(8)
+def test_a_weighted_sum_of_any_shape(cpu, call, n, m):
+    check_sum(cpu, call, n, m)
+
+
+def check_sum(cpu, call, n, m):
+    g, c = data(n, m), np.abs(data(n, seed=1))
     c[::2] = 0
     poisoned = g.copy()
     poisoned[::4], poisoned[2::4] = np.nan, np.inf

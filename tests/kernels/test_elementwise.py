@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from templates import data, few
 from tvm.script.ir_builder import tirx as T
 
 from myelin.kernels import functions
 from myelin.kernels.elementwise import collapse
 from myelin.kernels.elementwise import map as elementwise
-
-RNG = np.random.default_rng(1)
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,30 @@ RNG = np.random.default_rng(1)
     ],
 )
 def test_broadcasts_as_numpy(cpu, call, shapes, out):
-    a, b = (RNG.standard_normal(shape).astype(np.float32) for shape in shapes)
+    check(cpu, call, shapes, out)
+
+
+@st.composite
+def broadcasts(draw):
+    """Two shapes of fewer axes or with some of extent 1, and what they broadcast to."""
+    out = draw(st.lists(st.integers(1, 20), max_size=4))
+    shapes = [
+        tuple(
+            draw(st.sampled_from([1, extent])) for extent in out[draw(st.integers(0, len(out))) :]
+        )
+        for _ in range(2)
+    ]
+    return shapes, tuple(out)
+
+
+@given(broadcasts())
+@few(10)
+def test_any_shapes(cpu, call, case):
+    check(cpu, call, *case)
+
+
+def check(cpu, call, shapes, out):
+    a, b = (data(*shape, seed=i) for i, shape in enumerate(shapes))
     kernel = elementwise(cpu, shapes, out, lambda x, y: T.max(x * y + functions.tanh(x), x))
     true = np.broadcast_to(np.maximum(a * b + np.tanh(a), a), out)
     np.testing.assert_allclose(call(kernel, a, b).reshape(out), true, rtol=2e-6, atol=2e-6)

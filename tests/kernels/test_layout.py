@@ -1,14 +1,11 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from templates import data, few
 
 from myelin.cpu import Cpu
 from myelin.kernels import layout
-
-RNG = np.random.default_rng(4)
-
-
-def normal(*shape):
-    return RNG.standard_normal(shape).astype(np.float32)
 
 
 @pytest.mark.parametrize(
@@ -27,24 +24,51 @@ def normal(*shape):
     ],
 )
 def test_permute(cpu, call, shape, axes):
-    x = normal(*shape)
+    check_permute(cpu, call, shape, axes)
+
+
+@st.composite
+def permutations(draw):
+    shape = draw(st.lists(st.integers(1, 8) | st.integers(16, 40), min_size=1, max_size=4))
+    return tuple(shape), tuple(draw(st.permutations(range(len(shape)))))
+
+
+@given(permutations())
+@few(10)
+def test_any_permutation(cpu, call, case):
+    check_permute(cpu, call, *case)
+
+
+def check_permute(cpu, call, shape, axes):
+    x = data(*shape)
     value = call(layout.permute(cpu, shape, axes), x)
     np.testing.assert_array_equal(value.ravel(), x.transpose(axes).ravel())
 
 
 def test_nhwc_and_back(cpu, call):
-    x = normal(3, 5, 4, 6)
+    x = data(3, 5, 4, 6)
     there = call(layout.nhwc(cpu, 3, 5, 4, 6), x).reshape(3, 4, 6, 5)
     np.testing.assert_array_equal(there, x.transpose(0, 2, 3, 1))
     np.testing.assert_array_equal(call(layout.nchw(cpu, 3, 4, 6, 5), there).ravel(), x.ravel())
 
 
 def test_concatenate_and_cut(cpu, call):
-    parts = [normal(5, width) for width in (7, 1, 40)]
-    joined = call(layout.concatenate(cpu, 5, [7, 1, 40]), *parts)
+    check_parts(cpu, call, 5, [7, 1, 40])
+
+
+@given(st.integers(1, 40), st.lists(st.integers(1, 70), min_size=1, max_size=4))
+@few(5)
+def test_any_parts(cpu, call, outer, widths):
+    check_parts(cpu, call, outer, widths)
+
+
+def check_parts(cpu, call, outer, widths):
+    parts = [data(outer, width, seed=i) for i, width in enumerate(widths)]
+    joined = call(layout.concatenate(cpu, outer, widths), *parts)
     np.testing.assert_array_equal(joined, np.concatenate(parts, 1))
-    for start, part in zip((0, 7, 8), parts, strict=True):
-        value = call(layout.cut(cpu, 5, 48, start, part.shape[1]), joined)
+    for number, part in enumerate(parts):
+        start = sum(widths[:number])
+        value = call(layout.cut(cpu, outer, sum(widths), start, widths[number]), joined)
         np.testing.assert_array_equal(value, part)
 
 

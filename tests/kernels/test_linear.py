@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,14 @@ def test_products_match_float64(cpu, call, size):
 @given(sizes)
 def test_gradients_match_float64_and_drop_uncounted_examples(cpu, call, size):
     check_gradient(cpu, call, *size)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(70, 65, 97), (64, 128, 10)])
+def test_weights_that_no_cache_holds_are_packed(cpu, call, m, k, n):
+    small = replace(cpu, cache=4 * k * n - 1)
+    packed, plain = (linear.matmul(c, m, k, n, bias=True) for c in (small, cpu))
+    assert packed.script() != plain.script()
+    check_product(small, call, m, k, n)
 
 
 @layers

@@ -1,15 +1,16 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from templates import data, few
 from torch.nn import functional
 
 from myelin.kernels import loss
 
-RNG = np.random.default_rng(5)
 
-
-def logits(*shape):
-    return (RNG.standard_normal(shape) * 5).astype(np.float32)
+def logits(*shape, seed=0):
+    return 5 * data(*shape, seed=seed)
 
 
 def adjoint(values, take):
@@ -21,7 +22,12 @@ def adjoint(values, take):
 
 @pytest.mark.parametrize(("n", "classes"), [(1, 1), (5, 10), (256, 10), (4, 37), (3, 130)])
 def test_cross_entropy(cpu, call, n, classes):
-    z, y = logits(n, classes), RNG.integers(0, classes, n).astype(np.int32)
+    check_cross_entropy(cpu, call, n, classes)
+
+
+def check_cross_entropy(cpu, call, n, classes):
+    z = logits(n, classes)
+    y = np.random.default_rng(1).integers(0, classes, n).astype(np.int32)
     true = adjoint(
         z, lambda t: functional.cross_entropy(t, torch.tensor(y).long(), reduction="none")
     )
@@ -44,7 +50,12 @@ def test_cross_entropy_of_large_logits(cpu, call):
 
 @pytest.mark.parametrize(("n", "outputs"), [(1, 1), (30, 1), (7, 20)])
 def test_binary_cross_entropy(cpu, call, n, outputs):
-    z, y = logits(n, outputs), RNG.random((n, outputs)).astype(np.float32)
+    check_binary_cross_entropy(cpu, call, n, outputs)
+
+
+def check_binary_cross_entropy(cpu, call, n, outputs):
+    z = logits(n, outputs)
+    y = np.random.default_rng(1).random((n, outputs), np.float32)
     true = adjoint(
         z,
         lambda t: functional.binary_cross_entropy_with_logits(
@@ -57,9 +68,23 @@ def test_binary_cross_entropy(cpu, call, n, outputs):
 
 @pytest.mark.parametrize(("n", "outputs"), [(1, 1), (30, 1), (7, 20)])
 def test_mean_squared_error(cpu, call, n, outputs):
-    z, y = logits(n, outputs), logits(n, outputs)
+    check_mean_squared_error(cpu, call, n, outputs)
+
+
+def check_mean_squared_error(cpu, call, n, outputs):
+    z, y = logits(n, outputs), logits(n, outputs, seed=1)
     true = adjoint(
         z, lambda t: functional.mse_loss(t, torch.tensor(y).double(), reduction="none").mean(1)
     )
     value = call(loss.mean_squared_error_adjoint(cpu, n, outputs), z, y)
     np.testing.assert_allclose(value, true, rtol=1e-6, atol=1e-7)
+
+
+CHECKS = [check_cross_entropy, check_binary_cross_entropy, check_mean_squared_error]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@given(size=st.tuples(st.integers(1, 40), st.integers(1, 70)))
+@few(5)
+def test_any_shape(cpu, call, check, size):
+    check(cpu, call, *size)

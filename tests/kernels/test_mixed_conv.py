@@ -1,5 +1,7 @@
 """Convolutions of bfloat16 operands, against float64 convolutions of operands PyTorch rounded."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import test_conv as direct
@@ -7,7 +9,13 @@ import test_epilogue
 import test_mixed
 import test_winograd
 from hypothesis import HealthCheck, given, settings
-from templates import assert_runtime_suffices, assert_same_bits_on_one_thread, assert_stored_norms
+from hypothesis import strategies as st
+from templates import (
+    assert_runtime_suffices,
+    assert_same_bits_on_one_thread,
+    assert_stored_norms,
+    few,
+)
 
 from myelin.kernels import mixed_conv as kernels
 from myelin.kernels.conv import Conv
@@ -148,6 +156,7 @@ VECTORS = {
     "ragged": Conv(n=2, h=9, w=11, ci=16, co=48, **SQUARE),
     "narrow": Conv(n=11, h=3, w=4, ci=32, co=16, kh=3, kw=3),
     "border": Conv(n=3, h=7, w=5, ci=48, co=32, kh=3, kw=3, padding=(0, 1, 2, 0)),
+    "flat": Conv(n=3, h=1, w=2, ci=16, co=32, **SQUARE),
     "deep": Conv(n=2, h=16, w=16, ci=128, co=128, **SQUARE),
 }
 of_whole_vectors = pytest.mark.parametrize("conv", VECTORS.values(), ids=VECTORS)
@@ -201,6 +210,21 @@ def assert_like(value, true):
 
 @of_whole_vectors
 def test_winograd_products_are_those_of_rounded_operands(conv, cpu, call):
+    check_winograd(conv, cpu, call)
+
+
+@pytest.mark.slow
+@given(
+    conv=test_winograd.convs(),
+    channels=st.tuples(*[st.sampled_from([16, 32, 48])] * 2),
+)
+@few(5)
+def test_winograd_products_of_any_shape(cpu, call, conv, channels):
+    ci, co = channels
+    check_winograd(replace(conv, ci=ci, co=co), cpu, call)
+
+
+def check_winograd(conv, cpu, call):
     xp, w, b, d = direct.arrays(conv)
     forward, backward, stored = templates(conv, cpu, kernels.Winograd)
     true_y, true_dx = direct.output_and_input_gradient(conv, xp, w, d)
@@ -213,6 +237,20 @@ def test_winograd_products_are_those_of_rounded_operands(conv, cpu, call):
     assert_stored_norms(conv, g, s)
     (total,) = direct.results(call, kernels.Winograd.batch_gradient(cpu, conv), xp, d)
     assert_rounded(total, expected_g.sum(0), true_g.sum(0))
+
+
+@test_winograd.of_many_tiles
+def test_many_tiles_at_once_are_those_of_rounded_operands(conv, block, cpu, call):
+    """A pair of channels is one element, so half as much fills the cache."""
+    small = test_winograd.overfull(cpu, conv.ci // 2)
+    forward, backward, _ = templates(conv, small, kernels.Winograd)
+    for kernel in (forward, backward):
+        assert test_winograd.at_once(kernel, conv.ci // 2) == block
+    xp, w, b, d = direct.arrays(conv)
+    true_y, true_dx = direct.output_and_input_gradient(conv, xp, w, d)
+    expected_y, _ = by_points(conv, xp, w, d)
+    assert_rounded(direct.results(call, forward, xp, w, b)[0] - b, expected_y, true_y)
+    assert_like(direct.results(call, backward, d, w)[0], true_dx)
 
 
 @algorithms

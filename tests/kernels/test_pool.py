@@ -1,6 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from templates import few
 from torch.nn import functional
 
 from myelin.kernels import pool as kernels
@@ -37,14 +40,19 @@ def torch_pool(pool, kind, x, d):
     return y.detach().permute(0, 2, 3, 1).numpy(), t.grad.permute(0, 2, 3, 1).numpy()
 
 
-@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
-def test_max_pooling_is_that_of_torch(pool, cpu, call):
+def check_max(pool, cpu, call):
     # Few distinct values: nearly every window holds ties.
-    x = RNG.integers(-1, 2, (pool.n, pool.h, pool.w, pool.c)).astype("f")
-    d = RNG.integers(-8, 8, (pool.n, pool.oh, pool.ow, pool.c)).astype("f")
+    rng = np.random.default_rng(6)
+    x = rng.integers(-1, 2, (pool.n, pool.h, pool.w, pool.c)).astype("f")
+    d = rng.integers(-8, 8, (pool.n, pool.oh, pool.ow, pool.c)).astype("f")
     y, dx = torch_pool(pool, "max", x, d)
     assert np.array_equal(call(kernels.max_forward(cpu, pool), x), y)
     assert np.array_equal(call(kernels.max_backward(cpu, pool), x, y, d), dx)
+
+
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+def test_max_pooling_is_that_of_torch(pool, cpu, call):
+    check_max(pool, cpu, call)
 
 
 def test_max_pooling_hands_nan_on_as_torch_does(cpu, call):
@@ -76,13 +84,43 @@ def test_adjoints_are_finished_once_they_are_whole(pool, cpu, call):
     assert np.allclose(found, dx * dx + other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
-def test_average_pooling_is_that_of_torch(pool, cpu, call):
-    x = RNG.standard_normal((pool.n, pool.h, pool.w, pool.c)).astype("f")
-    d = RNG.standard_normal((pool.n, pool.oh, pool.ow, pool.c)).astype("f")
+def check_average(pool, cpu, call):
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((pool.n, pool.h, pool.w, pool.c)).astype("f")
+    d = rng.standard_normal((pool.n, pool.oh, pool.ow, pool.c)).astype("f")
     y, dx = torch_pool(pool, "average", x, d)
     assert np.allclose(call(kernels.average_forward(cpu, pool), x), y, rtol=0, atol=1e-6)
     assert np.allclose(call(kernels.average_backward(cpu, pool), d), dx, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+def test_average_pooling_is_that_of_torch(pool, cpu, call):
+    check_average(pool, cpu, call)
+
+
+@st.composite
+def pools(draw):
+    """Padding as PyTorch has it: the same on both sides, at most half a window."""
+    kh, kw = draw(st.tuples(*[st.integers(1, 5)] * 2))
+    top, left = draw(st.integers(0, kh // 2)), draw(st.integers(0, kw // 2))
+    return Pool(
+        n=draw(st.integers(1, 3)),
+        h=draw(st.integers(max(1, kh - 2 * top), 11)),
+        w=draw(st.integers(max(1, kw - 2 * left), 11)),
+        c=draw(st.integers(1, 40)),
+        kh=kh,
+        kw=kw,
+        stride=draw(st.tuples(*[st.integers(1, 4)] * 2)),
+        padding=(top, left, top, left),
+        count_padding=draw(st.booleans()),
+    )
+
+
+@given(pools())
+@few(8)
+def test_any_shape(cpu, call, pool):
+    check_max(pool, cpu, call)
+    check_average(pool, cpu, call)
 
 
 def test_asymmetric_padding_is_never_a_maximum(cpu, call):

@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -23,6 +24,8 @@ SHAPES = {
     "ragged": Conv(n=2, h=9, w=11, ci=20, co=50, **SQUARE),
     "scalars": Conv(n=3, h=7, w=5, ci=1, co=1, kh=3, kw=3, padding=(0, 1, 2, 0)),
     "narrow": Conv(n=11, h=3, w=4, ci=17, co=3, kh=3, kw=3),
+    "flat": Conv(n=5, h=1, w=2, ci=3, co=5, **SQUARE),
+    "pixel": Conv(n=2, h=1, w=1, ci=16, co=18, kh=3, kw=3, padding=(2, 0, 1, 2)),
     "many": Conv(n=29, h=4, w=5, ci=3, co=18, **SQUARE),
 }
 every_shape = pytest.mark.parametrize("conv", SHAPES.values(), ids=SHAPES)
@@ -63,9 +66,48 @@ def test_sums_are_dealt_out_by_examples_and_large_ones_by_channels_too():
 def test_more_tiles_at_once_where_weights_do_not_fit_a_cache(n, size, channels, level, block):
     conv = Conv(n=n, h=size, w=size, ci=channels, co=channels, **SQUARE)
     kernel = winograd.forward(Cpu.named(level), conv, bias=False)
-    chunks, plane = (int(e) for e in next(p for p in kernel.params if p.name == "inputs").ty.shape)
-    assert plane == 36 * (block * channels + 16)
+    assert at_once(kernel, channels) == block
+    chunks = scratch(kernel, "inputs")[0]
     assert chunks == min(8, n * size**2 // 16 // block) >= 2
+
+
+def scratch(kernel, name):
+    return [int(e) for e in next(p for p in kernel.params if p.name == name).ty.shape]
+
+
+def at_once(kernel, depth):
+    """Tiles whose inputs, `depth` elements each, a chunk keeps at every point."""
+    plane, rest = divmod(scratch(kernel, "inputs")[1], 36)
+    tiles, more = divmod(plane - 16, depth)
+    assert rest == more == 0
+    return tiles
+
+
+BLOCKS = {
+    "whole": (Conv(n=16, h=16, w=16, ci=48, co=48, **SQUARE), 32),
+    "ragged": (Conv(n=21, h=13, w=15, ci=48, co=48, **SQUARE), 28),
+}
+of_many_tiles = pytest.mark.parametrize(("conv", "block"), BLOCKS.values(), ids=BLOCKS)
+
+
+def overfull(cpu, depth):
+    """A processor whose cache holds the inputs of 40 tiles, but not the weights of 48 channels."""
+    return replace(cpu, cache=40 * 4 * 36 * depth)
+
+
+@of_many_tiles
+def test_many_tiles_at_once_are_accurate(conv, block, cpu, call):
+    small = overfull(cpu, conv.ci)
+    forward = winograd.forward(small, conv, bias=True)
+    backward = winograd.backward_data(small, conv)
+    assert at_once(forward, conv.ci) == at_once(backward, conv.co) == block
+    xp, w, b, d = direct.arrays(conv)
+    y, dx = direct.output_and_input_gradient(conv, xp, w, d)
+    assert_accurate(direct.results(call, forward, xp, w, b)[0], y + b)
+    assert_accurate(direct.results(call, backward, d, w)[0], dx)
+    weighted = winograd.weighted_gradient(small, conv)
+    (total,) = direct.results(call, weighted, xp, d, factors(conv))
+    assert_accurate(total, factors(conv).astype("d") @ direct.gradients(conv, xp, d))
 
 
 @pytest.mark.parametrize("n", [1, 7, 64, 1000, 65_536])
@@ -148,8 +190,8 @@ def convs(draw):
     padding = draw(st.tuples(*[st.integers(0, 2)] * 4))
     return Conv(
         n=draw(st.integers(1, 6)),
-        h=draw(st.integers(3, 14)),
-        w=draw(st.integers(3, 14)),
+        h=draw(st.integers(max(1, 3 - padding[0] - padding[2]), 14)),
+        w=draw(st.integers(max(1, 3 - padding[1] - padding[3]), 14)),
         ci=draw(st.integers(1, 36)),
         co=draw(st.integers(1, 70)),
         kh=3,

@@ -18,6 +18,7 @@ from typing import Any
 from myelin.cpu import Cpu
 from myelin.exchange import place
 from myelin.kernels import object as kernel_object
+from myelin.kernels import tir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class Cache:
 def _key(name: str, kernel: Any, cpu: Cpu) -> str:
     parts = (
         version("apache-tvm"),
-        Path(kernel_object.__file__).read_bytes(),
+        *(Path(source).read_bytes() for source in (kernel_object.__file__, tir.__file__)),
         str(cpu.target).encode(),
         name,
         kernel.script(show_meta=True),
