@@ -24,6 +24,7 @@ import safetensors.numpy
 from myelin.cpu import LEVELS, PRECISIONS, Cpu, Precision
 from myelin.document import encode
 from myelin.errors import BuildFailed, ImageMismatch, UsageError
+from myelin.exchange import place
 from myelin.features import Features
 from myelin.graph import LOSSES
 from myelin.image import Image
@@ -176,11 +177,10 @@ def build(
     model = load(source, example)
     document = _model_file(model, recipe)
     image = _compile(model, recipe, document, cache=cache, dump=dump, progress=progress)
-    directory.mkdir(parents=True, exist_ok=True)
     result = Build(directory=directory, image=image)
-    result.image_path.write_bytes(image.content)
-    result.model_path.write_bytes(document)
-    safetensors.numpy.save_file(dict(model.parameters), result.weights_path)
+    place(result.image_path, image.content)
+    place(result.model_path, document)
+    place(result.weights_path, safetensors.numpy.save(dict(model.parameters)))
     return result
 
 
