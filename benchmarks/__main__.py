@@ -193,9 +193,7 @@ def quotients(rows: Rows) -> dict[str, dict[str, float]]:
         own = [row for row in rows if row["model"] == model]
         ours = {"system": "myelin", "mode": "cell", "private": True}
         cell, fastest = best(own, **ours, precision="float32"), best(own, **ours)
-        usual, kept = (
-            [r for r in own if r["mode"].endswith(KEPT) == ends] for ends in (False, True)
-        )
+        usual = [row for row in own if not row["mode"].endswith(KEPT)]
         plain = {"system": "pytorch", "precision": "float32"}
         half = plain | {"precision": "bf16"}
         ghost = best(own, mode="ghost")
@@ -203,12 +201,12 @@ def quotients(rows: Rows) -> dict[str, dict[str, float]]:
         found[model] = {
             "speed ÷ PyTorch float32, not private": best(usual, **plain)["median_ms"]
             / cell["median_ms"],
-            "the same, PyTorch's memory kept": best(kept, **plain)["median_ms"] / cell["median_ms"],
+            "the same, PyTorch's memory kept": best(own, **plain)["median_ms"] / cell["median_ms"],
             "speed ÷ PyTorch bf16, not private": best(usual, **half)["median_ms"]
             / fastest["median_ms"],
-            "the same, its memory kept": best(kept, **half)["median_ms"] / fastest["median_ms"],
+            "the same, its memory kept": best(own, **half)["median_ms"] / fastest["median_ms"],
             "speed ÷ better Opacus": best(usual, system="opacus")["median_ms"] / cell["median_ms"],
-            "the same, Opacus' memory kept": best(kept, system="opacus")["median_ms"]
+            "the same, Opacus' memory kept": best(own, system="opacus")["median_ms"]
             / cell["median_ms"],
             "time ÷ own not private": cell["median_ms"]
             / best(own, mode="cell", private=False)["median_ms"],
@@ -242,8 +240,8 @@ def speed(rows: Rows, failed: Failures, folder: Path) -> Section:
             "in its best precision. Peers allocate as their packages come; where a mode says "
             "*memory kept*, the C library was told never to give memory back "
             f"(`{' '.join(f'{name}={value}' for name, value in ALLOCATOR.items())}`), which "
-            "spares them fresh pages, and the columns *memory kept* take the best of these rows, "
-            "which compile has none of. "
+            "spares them fresh pages, and the columns *memory kept* take the best of these rows "
+            "and the others. "
             "`outside` keeps its memory always. Memory is the most that a process had: of peers "
             "the whole process, and besides without what it had before there was a model (Python "
             "and libraries); of ours the cell with all that is in it, but not the host's Python."

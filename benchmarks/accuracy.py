@@ -151,7 +151,7 @@ def batches(case: Case, steps: int) -> Batches:
 
 def ours(case: Case, model: Model, drawn: Batches, precision: Precision) -> list[float]:
     """By the compiled kernels; the loss in float64 from what `predict` gives."""
-    cpu = Cpu.native()
+    cpu = Cpu.native(precision).of(precision)
     program = compile_training(
         model,
         loss="cross-entropy",

@@ -65,6 +65,7 @@ class Limits:
     bf16_gflops: float | None
     tile_gflops: float | None
     cache_gbytes: float
+    exchange_gbytes: float
     memory_gbytes: float
     cache: int
 
@@ -116,7 +117,7 @@ def timed(
     case: Case, seconds: float, *, private: bool = True, precision: Precision = "float32"
 ) -> list[Timed]:
     """Each call of a model's step, timed where it stands between the others."""
-    cpu = Cpu.native()
+    cpu = Cpu.native(precision).of(precision)
     model = load_model(case.layers(nn), case.shape)
     program, work = planned(case, model, cpu, precision, private=private)
     outside = Outside(program, cpu)
@@ -202,7 +203,8 @@ def roofline(
             "other operations. *GF/s of the direct algorithm* are what the same result takes "
             "directly, in the time measured: so fast do Winograd convolutions seem, which may "
             "pass the limit. Bytes are those of a call's arguments, so data from the cache may "
-            f"pass 100 % of a copy. Predictions more than {FAR:.0%} off are marked with !."
+            "pass 100 % of a copy. *Written by the other core*: each copies what the other wrote "
+            f"last. Predictions more than {FAR:.0%} off are marked with !."
         ),
         tables=[
             limit_table(limits),
@@ -240,6 +242,12 @@ def limit_table(limits: Limits) -> Table:
     if limits.tile_gflops is not None:
         rows.append(("bf16 product of tiles", f"{limits.tile_gflops:.0f} GF/s"))
     rows.append((f"copy of {IN_CACHE >> 20} MiB", f"{limits.cache_gbytes:.0f} GB/s"))
+    rows.append(
+        (
+            f"copy of {IN_CACHE >> 20} MiB, written by the other core",
+            f"{limits.exchange_gbytes:.0f} GB/s",
+        )
+    )
     rows.append((f"copy of {IN_MEMORY >> 20} MiB", f"{limits.memory_gbytes:.0f} GB/s"))
     return Table(title="Limits of this machine, now", columns=("what", "limit"), rows=rows)
 
@@ -363,27 +371,36 @@ def measure_limits(cpu: Cpu, seconds: float) -> Limits:
         bf16_gflops=bf16,
         tile_gflops=tiles,
         cache_gbytes=copy_rate(cpu, IN_CACHE, seconds),
+        exchange_gbytes=copy_rate(cpu, IN_CACHE, seconds, exchanged=True),
         memory_gbytes=copy_rate(cpu, IN_MEMORY, seconds),
         cache=24 << 20,
     )
 
 
-def copy_rate(cpu: Cpu, size: int, seconds: float) -> float:
-    """10⁹ bytes a second, read and written, of copies of `size` bytes."""
+def copy_rate(cpu: Cpu, size: int, seconds: float, *, exchanged: bool = False) -> float:
+    """10⁹ bytes a second, read and written, of copies of `size` bytes; `exchanged`: each thread's
+    are what the other wrote by the copy before.
+    """
     x = np.ones((THREADS, size // 4 // THREADS), np.float32)
-    return 2 * size / 1e9 / fastest(copy_loop(cpu, x.shape[1]), (x, np.zeros_like(x)), cpu, seconds)
+    loop = exchange_loop if exchanged else copy_loop
+    return 2 * size / 1e9 / fastest(loop(cpu, x.shape[1]), (x, np.zeros_like(x)), cpu, seconds)
 
 
 def fastest(kernel: Any, arrays: Sequence[Any], cpu: Cpu, seconds: float) -> float:
-    """Seconds of the fastest call: a limit is what was reached, not what is usual."""
+    """Seconds of the fastest call: a limit is what was reached, not what is usual. Calls copy there
+    and back where arrays are alike.
+    """
     function = kernel_object.library({"kernel": kernel}, cpu)["kernel"]
     tensors = [tvm.runtime.from_dlpack(array) for array in map(aligned, arrays)]
+    alike = len({(array.shape, array.dtype) for array in arrays}) == 1
     times = []
     until = time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < until:
         start = time.perf_counter()
         function(*tensors)
         times.append(time.perf_counter() - start)
+        if alike:
+            tensors.reverse()
     return min(times)
 
 
@@ -462,6 +479,16 @@ def copy_loop(cpu: Cpu, extent: int) -> Any:
         x, y = kernel.buffers
         with T.parallel(THREADS) as thread, serial(extent // cpu.lanes) as i:
             store(y, load(x, thread, i * cpu.lanes, lanes=cpu.lanes), thread, i * cpu.lanes)
+    return kernel.function
+
+
+def exchange_loop(cpu: Cpu, extent: int) -> Any:
+    """x[THREADS, extent] → y, each thread what is in the place of the other."""
+    with Kernel(x=(THREADS, extent), y=(THREADS, extent)) as kernel:
+        x, y = kernel.buffers
+        with T.parallel(THREADS) as thread, serial(extent // cpu.lanes) as i:
+            value = load(x, THREADS - 1 - thread, i * cpu.lanes, lanes=cpu.lanes)
+            store(y, value, thread, i * cpu.lanes)
     return kernel.function
 
 

@@ -63,7 +63,7 @@ def _data(case: Case) -> tuple[Any, Any]:
 
 
 def _serve_outside(case: Case, precision: Precision, identity: dict[str, Any]) -> None:
-    cpu = Cpu.native()
+    cpu = Cpu.native(precision).of(precision)
     model = load(case.layers(nn), np.zeros((1, *case.shape), np.float32))
     before = peak_mib(os.getpid())
     program = compile_training(

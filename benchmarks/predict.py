@@ -42,7 +42,7 @@ def main() -> None:
 
 def _ours(case: Case, x: Any) -> Callable[[], object]:
     """Kernels of `predict` alone, through TVM's own runtime."""
-    cpu, model = Cpu.native(), load(case.layers(nn), case.shape)
+    cpu, model = Cpu.native("float32").of("float32"), load(case.layers(nn), case.shape)
     program = compile_training(
         model, loss="cross-entropy", optimizer=SGD(lr=0.1), batch=len(x), cpu=cpu
     )

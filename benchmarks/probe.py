@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm.script.ir_builder import tirx as T
 
 from benchmarks.burst import serve, timed
-from benchmarks.kernels import CHAINS, copy_loop, fma_loop
+from benchmarks.kernels import CHAINS, copy_loop, exchange_loop, fma_loop
 from benchmarks.report import THREADS
 from myelin.cpu import Cpu
 from myelin.kernels import object as kernel_object
-from myelin.kernels.tir import Kernel, load, serial, store
 
 REPEATS = 100_000
 """About a third of a millisecond's."""
@@ -50,16 +48,6 @@ def main() -> None:
         "exchange": lambda: there_and_back("exchange"),
     }
     serve(lambda seconds: {name: timed(step, seconds) for name, step in steps.items()}, dict)
-
-
-def exchange_loop(cpu: Cpu, extent: int) -> Any:
-    """x[THREADS, extent] → y, each thread what is in the place of the other."""
-    with Kernel(x=(THREADS, extent), y=(THREADS, extent)) as kernel:
-        x, y = kernel.buffers
-        with T.parallel(THREADS) as thread, serial(extent // cpu.lanes) as i:
-            value = load(x, THREADS - 1 - thread, i * cpu.lanes, lanes=cpu.lanes)
-            store(y, value, thread, i * cpu.lanes)
-    return kernel.function
 
 
 def _zeros(*shape: int) -> Any:

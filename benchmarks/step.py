@@ -63,7 +63,7 @@ def build(
             batch=case.batch,
             records=records,
             features=features,
-            cpu=Cpu.native().level,
+            cpu=Cpu.native(precision).level,
             precision=precision,
             threads=threads,
             directory=folder,

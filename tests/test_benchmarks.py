@@ -214,7 +214,7 @@ def test_quotients_take_the_peers_at_their_best() -> None:
             "speed ÷ PyTorch float32, not private": 3.0,
             "the same, PyTorch's memory kept": 2.5,
             "speed ÷ PyTorch bf16, not private": 1.5,
-            "the same, its memory kept": 1.75,
+            "the same, its memory kept": 1.5,
             "speed ÷ better Opacus": 10.0,
             "the same, Opacus' memory kept": 8.0,
             "time ÷ own not private": 1.6,
@@ -289,12 +289,24 @@ def test_a_row_of_the_cell_has_what_its_noise_is_told_by(mode, private, parts) -
 
 
 @pytest.mark.parametrize("features", records.KINDS, ids=lambda kind: kind.type)
-def test_parts_of_a_step_are_of_the_whole_step(features) -> None:
+def test_parts_of_a_step_are_of_the_whole_step(features, monkeypatch) -> None:
+    """Each image's own number: gradients 100, updates 20, noise 5, gathering 2, draws 1."""
+    measured = []
+
+    def medians(runs, seconds):
+        measured.append(records_medians(runs, seconds))
+        known = {"whole": 128.0, "no gradient": 28.0, "no kernels": 8.0, "no noise": 3.0}
+        return [{**known, "one drawn": 1.0}[name] for name in runs]
+
+    records_medians = records.medians
+    monkeypatch.setattr(records, "medians", medians)
     found = records.parts(TINY, 300, features, 0.0, "process")
-    assert found["step"] > 0
-    assert found["draws"] > 0
-    total = sum(ms for part, ms in found.items() if part != "step")
-    assert total == pytest.approx(found["step"])
+    assert found == {
+        **{"step": 128.0, "draws": 1.0, "gather": 2.0},
+        **{"noise": 5.0, "gradient": 100.0, "update": 20.0},
+    }
+    assert len(measured[0]) == 5
+    assert min(measured[0]) > 0
 
 
 def test_rows_of_records_are_of_one_batch_and_of_many(monkeypatch) -> None:
@@ -449,6 +461,7 @@ LIMITS = kernels.Limits(
     bf16_gflops=None,
     tile_gflops=None,
     cache_gbytes=50.0,
+    exchange_gbytes=20.0,
     memory_gbytes=10.0,
     cache=1000,
 )
@@ -471,7 +484,7 @@ def test_our_kernels_and_pytorch_train_alike_from_the_same_start() -> None:
     assert reference[-1] < reference[0]
     for name in exact:
         np.testing.assert_allclose(found[name], reference, rtol=1e-4)
-    assert all(found[name] != reference for name in accuracy.VARIANTS)
+    assert any(found[name] != reference for name in accuracy.VARIANTS)
     for name in rounded:
         np.testing.assert_allclose(found[name], reference, rtol=0.02)
         assert found[name] != found["Myelin"]

@@ -189,8 +189,8 @@ def test_native_says_what_it_chose(town: Town) -> None:
         *("build", f"{town.root}/model.py:net", *BUILD, "--cpu", "native"),
         *("--out", town.root / "native"),
     )
-    assert answer["cpu"] == Cpu.native().level
-    assert answer["native"] == Cpu.native_reasons()
+    assert answer["cpu"] == Cpu.native("float32").level
+    assert answer["native"] == Cpu.native_reasons("float32")
     assert str(answer["cpu"]) in str(answer["native"])
 
 

@@ -195,7 +195,8 @@ def build_image(
     from myelin.kernels.cache import Cache
     from myelin.planner import STORED_BYTES
 
-    level = Cpu.native().level if cpu == "native" else cpu
+    products = cast(Any, precision)
+    level = Cpu.native(products).level if cpu == "native" else cpu
     with _stages() as stage:
         made = recipe.build(
             _source(model),
@@ -208,7 +209,7 @@ def build_image(
             features=_features(features),
             stored_bytes=STORED_BYTES if stored is None else stored << 20,
             cpu=level,
-            precision=cast(Any, precision),
+            precision=products,
             threads=threads,
             directory=out,
             cache=Cache.default(),
@@ -222,7 +223,7 @@ def build_image(
             "weights": str(made.weights_path),
             "cpu": level,
             "precision": precision,
-            **({"native": Cpu.native_reasons()} if cpu == "native" else {}),
+            **({"native": Cpu.native_reasons(products)} if cpu == "native" else {}),
             "image_bytes": len(made.image.content),
             "digest": made.image.digest.hex(),
             "measurement": made.image.measurement.hex(),

@@ -40,9 +40,10 @@ class Work:
     one. Multiply-adds, each of a whole vector:
     `products` of tiles in registers, `points` of Winograd's domain, `pairs` of Gram matrices,
     `dots` of two bf16 a lane; and, not of vectors, `tiles` are products of whole tiles. `steps` are
-    all other vector instructions. `cold` are bytes of its arguments that no cache holds, because
-    they were written long before or will be read long after; `scratch` are bytes that it keeps
-    besides.
+    all other vector instructions. Multiply-adds take `waiting` times as long as their rates say,
+    where results are needed sooner than they are there. `cold` are bytes of its arguments that no
+    cache holds, because they were written long before or will be read long after; `scratch` are
+    bytes that it keeps besides.
     """
 
     gflop: float
@@ -53,6 +54,7 @@ class Work:
     dots: float = 0
     tiles: float = 0
     steps: float = 0
+    waiting: float = 1
     cold: int = 0
     scratch: int = 0
 
@@ -84,7 +86,11 @@ class Rates:
         products: float = sum(n / getattr(self, kind) for kind, n in counts.items() if n) / 1e6
         slower = 2 / threads
         others = slower * work.steps / self.steps / 1e6
-        return self.call_ms + slower * products + max(others, self.moving(size, work.cold))
+        return (
+            self.call_ms
+            + slower * work.waiting * products
+            + max(others, self.moving(size, work.cold))
+        )
 
     def moving(self, size: int, cold: int = 0) -> float:
         """Milliseconds to read or write so many bytes, `cold` of them in no cache."""
@@ -118,7 +124,8 @@ RATES: Mapping[str, Rates] = {
 }
 """Rates of each CPU level, fitted to the medians of the five models' kernels: those of
 sapphirerapids, in float32 and bf16 together, on an Intel Xeon with AMX, the others on an AMD Zen 4,
-there before Gram norms turned pixels by shuffles: their `pairs` are faster now than it says.
+there before Gram norms turned pixels by shuffles, stored gradients were written past the caches
+and linear layers packed where they read: most kernels are faster now than it says.
 """
 
 
@@ -222,8 +229,9 @@ def _transformed(
     return _multiplied(
         conv,
         algorithm,
-        36 * tiles * depth * outputs * _idle(rows * min(2, outputs)),
+        36 * tiles * depth * outputs,
         tiles * (_INPUT * inputs + _OUTPUT * outputs) + weight * depth * outputs,
+        waiting=_waiting(rows * min(2, outputs)),
         scratch=4 * 36 * depth * channels // (2 if algorithm == "winograd bf16" else 1),
     )
 
@@ -240,10 +248,11 @@ def _gradient(
         return _multiplied(
             conv,
             algorithm,
-            36 * tiles * conv.ci * outputs * _idle(min(8, conv.ci) * min(2, outputs)),
+            36 * tiles * conv.ci * outputs,
             tiles * (_INPUT * inputs + adjoints * _ADJOINT * outputs)
             + taps * found * conv.ci * outputs
             + 2 * totals * conv.weights / cpu.lanes,
+            waiting=_waiting(min(8, conv.ci) * min(2, outputs)),
             scratch=gradient_scratch(cpu, conv, sums=sums, operands=operands),
         )
     products = conv.n * conv.pixels * conv.taps * outputs
@@ -251,12 +260,11 @@ def _gradient(
 
 
 def _multiplied(
-    conv: Conv, algorithm: Algorithm, points: float, steps: float, *, scratch: int
+    conv: Conv, algorithm: Algorithm, points: float, steps: float, *, waiting: float, scratch: int
 ) -> Work:
     """Products in the domain of points."""
-    if algorithm == "winograd bf16":
-        return _work(conv, algorithm, dots=points / 2, steps=steps, scratch=scratch)
-    return _work(conv, algorithm, points=points, steps=steps, scratch=scratch)
+    kinds = {"dots": points / 2} if algorithm == "winograd bf16" else {"points": points}
+    return _work(conv, algorithm, **kinds, steps=steps, waiting=waiting, scratch=scratch)
 
 
 def _direct(conv: Conv, algorithm: Algorithm, products: float, steps: float) -> Work:
@@ -284,7 +292,7 @@ _LEAST = 8
 """Multiply-adds at once that hide the time of one."""
 
 
-def _idle(at_once: int) -> float:
+def _waiting(at_once: int) -> float:
     """How much longer multiply-adds take of which only so many run at once."""
     return max(at_once, _LEAST) / at_once
 
@@ -302,8 +310,8 @@ def matrix(
     scalar: bool = False,
     chained: bool = False,
 ) -> Work:
-    """A product [rows, depth] · [depth, columns]; its right factor is packed, one number after the
-    other (`scalar`) where it is turned around on the way. `chained`: its sums are short.
+    """A product [rows, depth] · [depth, columns]; its right factor is packed once, with more
+    instructions (`scalar`) where it is turned around on the way. `chained`: its sums are short.
     """
     gflop, cold = 2e-9 * rows * depth * columns, 4 * depth * columns
     parts = 3 if precision == "bf16x3" else 1
@@ -311,23 +319,26 @@ def matrix(
         return Work(
             gflop=gflop,
             algorithm=precision,
-            tiles=amx.products(rows, columns, depth) * parts * (_ALONE if chained else 1),
+            tiles=amx.products(rows, columns, depth) * parts,
+            waiting=_ALONE if chained else 1,
             steps=_PACKING_TILES * parts * (rows + columns) * _vectors(cpu, depth),
             cold=cold,
         )
     tile, width = tile_shape(cpu, rows, columns)
     panels, wide = -(-columns // width), _vectors(cpu, width)
-    products = -(-rows // tile) * panels * tile * wide * _idle(tile * wide) * depth
+    products = -(-rows // tile) * panels * tile * wide * depth
+    waiting = _waiting(tile * wide)
     steps = panels * depth * (4 * width if scalar else 2 * wide)
     if precision != "float32":
         return Work(
             gflop=gflop,
             algorithm=precision,
             dots=parts * products / 2,
+            waiting=waiting,
             steps=parts * steps,
             cold=cold,
         )
-    return Work(gflop=gflop, products=products, steps=steps, cold=cold)
+    return Work(gflop=gflop, products=products, waiting=waiting, steps=steps, cold=cold)
 
 
 def elementwise(cpu: Cpu, numbers: int, instructions: int) -> Work:

@@ -69,11 +69,14 @@ class Cpu:
         raise CpuUnsupported(f"CPU level {level!r} is unknown; choose one of {known}")
 
     @staticmethod
-    def native() -> Cpu:
-        """Gives the best level that this machine has; raises `CpuUnsupported` where it has none."""
+    def native(precision: Precision | None = None) -> Cpu:
+        """Gives the best level that this machine has, for images of one precision or of all.
+
+        Raises `CpuUnsupported` where it has none.
+        """
         present = machine_features()
         for cpu in LEVELS:
-            if cpu.missing(present) == ():
+            if cpu.of(precision or cpu.precisions[-1]).missing(present) == ():
                 return cpu
         missing = " ".join(LEVELS[-1].missing(present))
         raise CpuUnsupported(
@@ -82,11 +85,11 @@ class Cpu:
         )
 
     @staticmethod
-    def native_reasons() -> dict[str, str]:
+    def native_reasons(precision: Precision) -> dict[str, str]:
         """Says of the level that `native` gives, and of each better one, why it is or is not it."""
-        present, native = machine_features(), Cpu.native()
+        present, native = machine_features(), Cpu.native(precision)
         reasons = {
-            cpu.level: f"this machine lacks {' '.join(cpu.missing(present))}"
+            cpu.level: f"this machine lacks {' '.join(cpu.of(precision).missing(present))}"
             for cpu in LEVELS[: LEVELS.index(native)]
         }
         return {native.level: "the best that this machine has all features of", **reasons}

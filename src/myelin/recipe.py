@@ -201,7 +201,7 @@ def plan(document: bytes) -> Program:
         loss=recipe.loss,
         optimizer=recipe.optimizer,
         batch=recipe.batch,
-        cpu=Cpu.named(recipe.cpu),
+        cpu=Cpu.named(recipe.cpu).of(recipe.precision),
         precision=recipe.precision,
         stored_bytes=recipe.stored_bytes,
         threads=recipe.threads,

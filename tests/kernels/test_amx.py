@@ -7,7 +7,8 @@ import re
 import pytest
 import test_mixed
 import tvm
-from hypothesis import example, given, settings
+from hypothesis import example, given
+from templates import few
 
 from myelin.cpu import Cpu, CpuUnsupported, machine_features
 from myelin.kernels import bounds, linear, mixed, split
@@ -40,7 +41,7 @@ def assert_compiles(templates, m, k, n):
 
 
 @templates
-@settings(test_mixed.few, max_examples=4)
+@few(4)
 @given(size=test_mixed.sizes)
 @example(size=(1, 1, 1))
 @example(size=(16, 32, 16))

@@ -123,8 +123,13 @@ def test_access_that_is_not_shown_inside_is_refused_by_name(body, buffer, found)
     assert found in refused.value.range
 
 
-def line(buffer, at, lanes=16):
-    T.evaluate(T.call_extern("int32", stream.LINE, T.address_of(buffer[at]), splat(0.0, lanes)))
+def line(buffer, at, lanes=16, value=0.0, result="int32"):
+    value = T.Broadcast(T.float32(value) if isinstance(value, float) else T.int32(value), lanes)
+    T.evaluate(T.call_extern(result, stream.LINE, T.address_of(buffer[at]), value))
+
+
+def end():
+    T.evaluate(T.call_extern("int32", stream.END))
 
 
 @pytest.mark.parametrize(
@@ -133,9 +138,13 @@ def line(buffer, at, lanes=16):
         (lambda x, y, i: line(y, i * 16), "y", "reaches 0 … 1008"),
         (lambda x, y, i: line(y, i % 4 * 8), "y", "not shown to begin a line"),
         (lambda x, y, i: line(y, 3), "y", "not shown to begin a line"),
-        (lambda x, y, i: line(y, 0, 8), "y", "moves 8 lanes at 16 places"),
+        (lambda x, y, i: line(y, 0, 8), stream.LINE, "is not of a line's numbers"),
         (lambda x, y, i: line(y, T.Cast("int32", load(x, i))), "y", "depends on data"),
         (lambda x, y, i: line(local(64), 0), "(local)", "is no argument"),
+        (lambda x, y, i: line(y, T.Ramp(0, 1, 4)), stream.LINE, "is not of an element"),
+        (lambda x, y, i: line(y, 0, value=0), stream.LINE, "is not of a line's numbers"),
+        (lambda x, y, i: line(y, 0, result="int64"), stream.LINE, "function is not one of ours"),
+        (lambda x, y, i: line(y, 0), "kernel", "stream_end is missing"),
         (
             lambda x, y, i: T.evaluate(T.call_extern("int32", stream.LINE, i, splat(0.0, 16))),
             stream.LINE,
@@ -151,13 +160,40 @@ def line(buffer, at, lanes=16):
 def test_lines_past_the_caches_begin_where_lines_do(body, buffer, found):
     def good(x, y, i):
         line(y, i % 4 * 16)
-        T.evaluate(T.call_extern("int32", stream.END))
+        end()
 
     prove(kernel(good, rows=64))
     with pytest.raises(BoundsError, match=r"kernel wild") as refused:
         prove(kernel(body, rows=64), "wild")
     assert refused.value.buffer == buffer
     assert found in refused.value.range
+
+
+def test_a_line_is_of_float32():
+    with Kernel(y=((64,), "int8")) as built:
+        line(built.buffers[0], 48)
+    with pytest.raises(BoundsError, match="is not of a line's numbers"):
+        prove(built.function, "wild")
+
+
+def test_every_thread_ends_what_it_stores():
+    def stored(inside, after):
+        with Kernel(y=(64,)) as built:
+            with T.parallel(4) as i:
+                with serial(2):
+                    line(built.buffers[0], i * 16)
+                inside(i)
+            after(0)
+        return built.function
+
+    def sometimes(i):
+        with T.If(i < 2), T.Then():
+            end()
+
+    prove(stored(lambda _: end(), lambda _: None))
+    for inside in (lambda _: None, sometimes):
+        with pytest.raises(BoundsError, match="stream_end is missing"):
+            prove(stored(inside, lambda _: end()), "wild")
 
 
 def test_rows_that_are_no_lines_begin_none():

@@ -83,14 +83,23 @@ def test_native_level_is_the_best_that_the_machine_has(monkeypatch):
 def test_native_says_why_no_better_level_was_taken(monkeypatch):
     present = frozenset(Cpu.named("znver4").features) | {"amx_tile", "amx_bf16"}
     monkeypatch.setattr("myelin.cpu.machine_features", lambda: present)
-    assert Cpu.native_reasons() == {
+    assert Cpu.native_reasons("bf16") == {
         "znver4": "the best that this machine has all features of",
         "sapphirerapids": "this machine lacks amx_int8 avx512_fp16 avx_vnni",
     }
     monkeypatch.setattr(
         "myelin.cpu.machine_features", lambda: frozenset(Cpu.named("sapphirerapids").features)
     )
-    assert list(Cpu.native_reasons()) == ["sapphirerapids"]
+    assert list(Cpu.native_reasons("bf16")) == ["sapphirerapids"]
+
+
+def test_a_machine_without_tile_registers_is_native_for_float32(monkeypatch):
+    intel = Cpu.named("sapphirerapids")
+    guest = frozenset(intel.features) - {"amx_bf16", "amx_int8", "amx_tile"}
+    monkeypatch.setattr("myelin.cpu.machine_features", lambda: guest)
+    assert Cpu.native("float32") == intel
+    assert Cpu.native("bf16").level == Cpu.native().level == "x86-64-v4"
+    assert Cpu.native_reasons("bf16")["sapphirerapids"].endswith("lacks amx_bf16 amx_int8 amx_tile")
 
 
 def test_features_are_read_from_cpuinfo(tmp_path):

@@ -3,18 +3,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from templates import assert_close, assert_same_bits_on_one_thread, counted, data
+from templates import assert_close, assert_same_bits_on_one_thread, counted, data, few
 
 from myelin.kernels import linear
+from myelin.kernels.tir import is_parallel
 
-few = settings(
-    max_examples=8,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 70))
 # Sizes of layers that people train, and edges: one output, one example, more than one tile, right
 # factors packed in several blocks for several shares of the rows.
@@ -28,6 +23,7 @@ layers = pytest.mark.parametrize(
         (70, 65, 97),
         (3, 9, 530),
         (95, 150, 600),
+        (70, 64, 97),
     ],
 )
 
@@ -53,13 +49,13 @@ def check_gradient(cpu, call, m, k, n):
     assert_close(value, weighted.sum(0), np.abs(weighted).sum(0))
 
 
-@few
+@few(8)
 @given(sizes)
 def test_products_match_float64(cpu, call, size):
     check_product(cpu, call, *size)
 
 
-@few
+@few(8)
 @given(sizes)
 def test_gradients_match_float64_and_drop_uncounted_examples(cpu, call, size):
     check_gradient(cpu, call, *size)
@@ -123,3 +119,20 @@ def test_bits_do_not_depend_on_threads(cpu, call):
     x, d, c = data(m, k), data(m, n, seed=1), np.abs(data(m, seed=2))
     kernel = linear.weighted_gradient(cpu, m, k, n)
     assert_same_bits_on_one_thread(lambda: [call(kernel, x, d, c)])
+    w, small = data(k, n, seed=3), replace(cpu, cache=0)
+    products = [
+        (linear.matmul(cpu, m, k, n, bias=False), x, w),
+        (linear.matmul(small, m, k, n, bias=False), x, w),
+        (linear.backward_data(cpu, m, k, n), d, w),
+    ]
+    assert all(is_parallel(kernel) for kernel, *_ in products)
+    assert_same_bits_on_one_thread(lambda: [call(*product) for product in products])
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(256, 16, 520), (104, 48, 520), (32, 96, 520)])
+def test_few_rows_and_columns_are_shared_out_too(cpu, call, m, k, n):
+    """One strip of inputs, one panel of columns, a few tiles of rows."""
+    assert is_parallel(linear.weighted_gradient(cpu, m, k, n))
+    assert is_parallel(linear.backward_data(cpu, m, k, n))
+    check_product(cpu, call, m, k, n)
+    check_gradient(cpu, call, m, k, n)

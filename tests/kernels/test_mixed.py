@@ -4,20 +4,21 @@ import numpy as np
 import pytest
 import test_epilogue
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from templates import assert_close, assert_runtime_suffices, assert_summed_norms, counted, data
+from templates import (
+    assert_close,
+    assert_runtime_suffices,
+    assert_summed_norms,
+    counted,
+    data,
+    few,
+)
 
 from myelin.cpu import LEVELS, machine_features
 from myelin.kernels import mixed
 from myelin.kernels.tir import Kernel, load, pieces, store
 
-few = settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 70))
 layers = pytest.mark.parametrize(
     ("m", "k", "n"),
@@ -53,7 +54,7 @@ def check(cpu, call, m, k, n):
     assert_close(value, rx.T @ weighted, np.abs(rx.T) @ np.abs(weighted))
 
 
-@few
+@few(12)
 @given(sizes)
 def test_products_match_float64_of_rounded_operands(cpu, call, size):
     check(cpu, call, *size)

@@ -7,7 +7,7 @@ import test_conv as direct
 from templates import assert_same_bits_on_one_thread
 
 from myelin.cpu import Cpu, machine_features
-from myelin.kernels import amx_conv, conv, mixed_conv, stream, winograd
+from myelin.kernels import amx_conv, bounds, conv, mixed_conv, stream, winograd
 from myelin.kernels import object as kernel_object
 from myelin.kernels.window import Conv
 
@@ -64,6 +64,25 @@ def test_rows_that_are_not_of_lines_are_stored_as_ever(co, level, monkeypatch):
     shape = Conv(n=2, h=6, w=6, ci=16, co=co, kh=3, kw=3, padding=(1, 1, 1, 1))
     for template in (conv.stored_gradient, winograd.stored_gradient):
         assert stream.LINE not in template(Cpu.named(level), shape).script()
+
+
+SHAPES = {
+    "strided": Conv(n=3, h=9, w=9, ci=16, co=32, kh=3, kw=3, stride=(2, 2), padding=(1, 1, 1, 1)),
+    "rows": Conv(n=3, h=5, w=1, ci=24, co=16, kh=1, kw=1),
+    "oblong": Conv(n=3, h=7, w=6, ci=3, co=64, kh=5, kw=2),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+@pytest.mark.parametrize(
+    ("template", "level"),
+    [(conv.stored_gradient, "x86-64-v4"), (mixed_conv.stored_gradient, "znver4")],
+)
+def test_any_shape_is_shown_to_store_whole_lines(shape, template, level, monkeypatch):
+    monkeypatch.setattr(stream, "LARGE", 0)
+    kernel = template(Cpu.named(level), shape)
+    assert stream.LINE in kernel.script()
+    bounds.prove(kernel)
 
 
 def test_large_gradients_of_a_real_layer_are_streamed():

@@ -74,6 +74,7 @@ def prove(function: Any, name: str | None = None) -> None:
             raise BoundsError(proof.kernel, parameter.name, "", "parameter is not a buffer")
         proof.declare(parameter)
     proof.statement(function.body)
+    proof.ended("kernel")
 
 
 class _Proof:
@@ -83,6 +84,7 @@ class _Proof:
         self.kernel, self.arguments = kernel, arguments
         self._analyzer = Analyzer()
         self._data: list[Any] = []
+        self._streaming = False
         self._shapes: list[tuple[Any, tuple[int, ...]]] = []
 
     def declare(self, buffer: Any) -> None:
@@ -107,11 +109,14 @@ class _Proof:
             case "IfThenElse":
                 self._oblivious(node.condition, "condition")
                 self.expression(node.condition)
+                before = self._streaming
                 with self._analyzer.constraint_scope(node.condition):
                     self.statement(node.then_case)
+                then, self._streaming = self._streaming, before
                 if node.else_case is not None:
                     with self._analyzer.constraint_scope(tirx.Not(node.condition)):
                         self.statement(node.else_case)
+                self._streaming |= then
             case "AllocBuffer":
                 self.declare(node.buffer)
             case "Bind":
@@ -159,7 +164,11 @@ class _Proof:
         if int(bound.max_value) > _LARGEST:
             raise self._refusal("loop", node.loop_var.name, "extent is not bounded")
         self._analyzer.bind(node.loop_var, Range.from_min_extent(node.min, node.extent))
+        before = self._streaming
         self.statement(node.body)
+        if node.kind == tirx.ForKind.PARALLEL:
+            self.ended("loop")
+        self._streaming |= before
 
     def _bind(self, node: Any) -> None:
         self.expression(node.value)
@@ -182,14 +191,19 @@ class _Proof:
     def _stream(self, node: Any) -> None:
         """A line that is stored past the caches, or the end of some."""
         match [_text(node.args[0]), *node.args[1:]]:
-            case [stream.END]:
+            case [stream.END] if _type(node) == "int32":
+                self._streaming = False
                 return
-            case [stream.LINE, address, value] if getattr(address, "op", None) == _ADDRESS_OF:
+            case [stream.LINE, address, value] if (
+                getattr(address, "op", None) == _ADDRESS_OF and _type(node) == "int32"
+            ):
                 taken = list(address.args)
             case [name, *_]:
                 raise self._refusal(name, node, "function is not one of ours")
-        if len(taken) != 1 or not isinstance(taken[0], TensorLoad):
+        if len(taken) != 1 or not isinstance(taken[0], TensorLoad) or _lanes(taken[0]) != 1:
             raise self._refusal(stream.LINE, node, "is not of an element")
+        if _type(taken[0]) != "float32" or _type(value) != f"float32x{stream.LANES}":
+            raise self._refusal(stream.LINE, node, "is not of a line's numbers")
         buffer, (*outer, last) = taken[0].source, taken[0].indices
         self.expression(value)
         self._access(buffer, [*outer, tirx.Ramp(last, 1, stream.LANES)], _lanes(value))
@@ -198,6 +212,12 @@ class _Proof:
         row, start = self._shape(buffer)[-1], self._analyzer.modular_set(last)
         if row % stream.LANES or start.coeff % stream.LANES or start.base % stream.LANES:
             raise self._refusal(buffer, last, "is not shown to begin a line")
+        self._streaming = True
+
+    def ended(self, what: str) -> None:
+        """Other threads may read what was stored past the caches."""
+        if self._streaming:
+            raise self._refusal(what, "", f"{stream.END} is missing at its end")
 
     def _access(self, buffer: Any, indices: Any, lanes: int) -> None:
         shape = self._shape(buffer)
@@ -286,5 +306,9 @@ def _text(node: Any) -> str:
     return str(getattr(node, "value", node))
 
 
+def _type(node: Any) -> str:
+    return str(node.ty.dtype)
+
+
 def _lanes(node: Any) -> int:
-    return int(DataType(str(node.ty.dtype)).lanes)
+    return int(DataType(_type(node)).lanes)

@@ -1,6 +1,6 @@
 """Linear layers: products of matrices, and norms of their gradients.
 
-All products are tiles in registers (`_Tile`). Where these would read the right factor badly as it
+All products are tiles in registers (`Tile`). Where these would read the right factor badly as it
 is, because it is large or must be turned around, each task packs what it reads, a block at a time
 (`_packed_product`). A tile at the edge starts earlier instead of being cut: there is one tile shape
 a kernel, and what two tiles both write is the same bits. Sizes: m examples, k inputs, n outputs.
@@ -15,7 +15,7 @@ from tvm.script.ir_builder import tirx as T
 
 from myelin.cpu import Cpu
 from myelin.kernels.epilogue import PLAIN, Epilogue
-from myelin.kernels.tiles import Tile, grid, largest_divisor, steps
+from myelin.kernels.tiles import Tile, grid, steps
 from myelin.kernels.tir import (
     TINY,
     Kernel,
@@ -51,10 +51,6 @@ _TASKS = 16
 
 _Left = Callable[[Any, Any], Any]
 _Start = Callable[[Any, int], Any]
-
-
-def _zero(_column: Any, lanes: int) -> Any:
-    return splat(0.0, lanes)
 
 
 def matmul(cpu: Cpu, m: int, k: int, n: int, *, bias: bool, finish: Epilogue = PLAIN) -> Any:
@@ -108,6 +104,7 @@ def backward_data(cpu: Cpu, m: int, k: int, n: int, *, finish: Epilogue = PLAIN)
             (m, k, n),
             left=lambda row, depth: load(d, row, depth),
             pack=pack,
+            start=_zero,
             write=finish.into(dx, others),
         )
     return kernel.function
@@ -122,6 +119,7 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
     # Whole vectors of kept inputs serve two tiles where they can.
     strip = cpu.lanes if k % cpu.lanes == 0 and cpu.lanes % rows == 0 else rows
     strips, panels, wide = -(-k // strip), -(-n // width), pieces(width, cpu.lanes)
+    some, shares = _shares(panels, _TASKS // strips)
     with Kernel(x=(m, k), d=(m, n), c=(m,), g=(k, n)) as kernel:
         x, d, c, g = kernel.buffers
         packed = workspace(panels, m, width)
@@ -134,8 +132,9 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
                     value = load(d, first + i, column, lanes=lanes)
                     counted = if_counted(weight, splat(weight, lanes) * value, lanes)
                     store(packed, counted, panel, first + i, at)
-        with tasks(strips, k * work) as number:
-            row = tile_start(number, strip, k)
+        with tasks(strips * shares, k * work) as task:
+            row = tile_start(task // shares, strip, k)
+            begin = tile_start(task % shares, some, panels)
             kept = workspace(m, strip)
             with serial(m) as i:
                 for at, lanes in pieces(strip, cpu.lanes):
@@ -143,7 +142,8 @@ def weighted_gradient(cpu: Cpu, m: int, k: int, n: int) -> Any:
                     store(kept, if_counted(load(c, i), value, lanes), i, at)
                 # The next strip, whose lines lie as far apart.
                 prefetch(x, i, T.min(row + strip, k - 1))
-            for panel, tile in grid(panels, strip // rows):
+            for number, tile in grid(some, strip // rows):
+                panel = begin + number
                 column = tile_start(panel, width, n)
                 totals = _tile(rows, wide)
                 for first, size in blocks(m, EXAMPLES):
@@ -246,7 +246,7 @@ def _product(
     *,
     left: _Left,
     right: Callable[[Any, Any, int], Any],
-    start: _Start = _zero,
+    start: _Start,
     write: Callable[..., None],
 ) -> None:
     """Writes start[column] + Σ_depth left[row, depth] · right[depth, column] at (row, column).
@@ -280,7 +280,7 @@ def _packed_product(
     *,
     left: _Left,
     pack: Callable[[_Panel, Any, int], None],
-    start: _Start = _zero,
+    start: _Start,
     write: Callable[..., None],
     depths: int = _DEPTHS,
 ) -> None:
@@ -294,12 +294,12 @@ def _packed_product(
     row_tiles, panels = -(-rows // tile_rows), -(-columns // width)
     wide = pieces(width, cpu.lanes)
     most = min(depth, depths)
-    # Packing is done again for every share of the rows: little beside a few tiles.
-    shares = largest_divisor(row_tiles, max(1, min(_TASKS // panels, row_tiles // 4)))
-    tiles = row_tiles // shares
+    # Packing is done again for every share of the rows: little beside two tiles.
+    tiles, shares = _shares(row_tiles, min(_TASKS // panels, row_tiles // 2))
 
     with tasks(panels * shares, rows * panels * len(wide) * depth) as task:
-        column, begin = tile_start(task // shares, width, columns), task % shares * tiles
+        column = tile_start(task // shares, width, columns)
+        begin = tile_start(task % shares, tiles, row_tiles)
         panel = _Panel(column, wide, workspace(most, width))
         sums = workspace(tiles, tile_rows, width) if most < depth else None
         if sums is not None:
@@ -332,6 +332,10 @@ def _packed_product(
                         write(load(sums, tile, r, at, lanes=lanes), row + r, column + at)
 
 
+def _zero(_column: Any, lanes: int) -> Any:
+    return splat(0.0, lanes)
+
+
 class _Panel:
     """Some depths of some columns of a right factor, as tiles read them: depth after depth."""
 
@@ -362,6 +366,12 @@ def tile_shape(cpu: Cpu, rows: int, columns: int) -> tuple[int, int]:
 
     widths = [min(columns, cpu.lanes * wide) for wide in range(1, widest + 1)]
     return min(rows, tallest), min(widths, key=cost)
+
+
+def _shares(count: int, most: int) -> tuple[int, int]:
+    """(how many each has, shares) of `count`, in `most` shares at most; the last may overlap."""
+    each = -(-count // max(1, most))
+    return each, -(-count // each)
 
 
 def tile_start(tile: Any, size: int, extent: int) -> Any:

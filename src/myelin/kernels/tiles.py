@@ -1,4 +1,4 @@
-"""Register tiles: what the inner loops of convolutions are made of."""
+"""Register tiles: what the inner loops of products are made of."""
 
 from __future__ import annotations
 
