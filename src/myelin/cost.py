@@ -104,7 +104,7 @@ class Rates:
 
 _MULTIPLY_ADDS = ("products", "points", "pairs", "dots", "tiles")
 
-_AVX512 = Rates(products=6.7, points=5.4, pairs=4.4, dots=6.0, steps=8.6)
+_AVX512 = Rates(products=7.1, points=5.7, pairs=4.7, dots=6.4, steps=9.1)
 
 RATES: Mapping[str, Rates] = {
     "x86-64-v3": Rates(products=12.5, points=10.0, pairs=8.2, dots=0.0, steps=14.0),
