@@ -225,7 +225,7 @@ def test_quotients_take_the_peers_at_their_best() -> None:
     )
 
 
-def test_memory_is_kept_in_every_mode_whose_memory_the_c_library_decides() -> None:
+def test_memory_is_kept_in_every_mode_but_compile() -> None:
     modes = {(mode.removesuffix(burst.KEPT), p) for _, mode, p in bench.PLAN if burst.KEPT in mode}
     torch_ = {(mode, p) for mode in ("eager", "channels_last") for p in ("float32", "bf16")}
     assert torch_ | {("hooks", "float32"), ("ghost", "float32")} <= modes
