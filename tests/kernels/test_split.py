@@ -5,7 +5,7 @@ import pytest
 import test_mixed
 import torch
 from hypothesis import given
-from templates import assert_runtime_suffices, assert_summed_norms, counted, data
+from templates import assert_runtime_suffices, assert_summed_norms, counted, data, few
 
 from myelin.kernels import linear, mixed, split
 
@@ -43,7 +43,7 @@ def check(cpu, call, m, k, n):
     assert_exact(value, np.ascontiguousarray(x.T), c[:, None] * d)
 
 
-@test_mixed.few
+@few(12)
 @given(test_mixed.sizes)
 def test_products_match_float64(cpu, call, size):
     check(cpu, call, *size)
