@@ -2,6 +2,7 @@
 
 use crate::sys;
 use std::{
+    arch::x86_64::_rdseed64_step,
     collections::HashSet,
     fs,
     mem::{size_of, zeroed},
@@ -28,6 +29,39 @@ pub fn require(features: &[String]) -> Result<(), String> {
         "this CPU lacks {}, which the image needs; build the image for a lower CPU level",
         missing.join(", ")
     ))
+}
+
+/// Refuses a CPU without the 64-bit form of RDSEED, by a try: Linux hides the instruction on processors
+/// whose shorter forms give too many zeros (AMD-SB-7055), and images use only this one.
+pub fn require_seeds() -> Result<(), String> {
+    let mut word = 0;
+    // SAFETY: where the instruction is not, a fault ends the child that runs it.
+    if exists(|| unsafe { _rdseed64_step(&mut word) })? {
+        return Ok(());
+    }
+    Err("this CPU lacks RDSEED, by which images make keys; processors have it since 2015".into())
+}
+
+/// Whether this CPU has the instruction in `run`, which must do nothing else: a child runs it.
+fn exists<T>(run: impl FnOnce() -> T) -> Result<bool, String> {
+    let mut status = 0;
+    // SAFETY: the child, which may be of many threads, calls nothing but `run` and `_exit`.
+    unsafe {
+        let child = sys::check("fork", libc::fork())?;
+        if child == 0 {
+            libc::signal(libc::SIGILL, libc::SIG_DFL);
+            run();
+            libc::_exit(0);
+        }
+        sys::check("waitpid", libc::waitpid(child, &mut status, 0))?;
+    }
+    match (libc::WIFEXITED(status), libc::WIFSIGNALED(status)) {
+        (true, _) => Ok(libc::WEXITSTATUS(status) == 0),
+        (_, true) if libc::WTERMSIG(status) == libc::SIGILL => Ok(false),
+        _ => Err(format!(
+            "trying an instruction ended with status {status:#x}"
+        )),
+    }
 }
 
 /// The tile registers in `XCR0` and where the system is asked for them: tile data, which needs tile
@@ -166,6 +200,18 @@ mod tests {
             refusal.contains("lacks nosuch, neither, which"),
             "{refusal}"
         );
+    }
+
+    #[test]
+    fn an_instruction_is_there_or_not() {
+        assert_eq!(exists(|| ()), Ok(true));
+        // SAFETY: `ud2` faults, in the child.
+        assert_eq!(exists(|| unsafe { std::arch::asm!("ud2") }), Ok(false));
+        // SAFETY: no memory is involved.
+        let killed = exists(|| unsafe { libc::raise(libc::SIGKILL) });
+        assert!(killed.unwrap_err().ends_with("ended with status 0x9"));
+        // A machine that lists it has it; others may.
+        assert!(!machine("rdseed") || require_seeds() == Ok(()));
     }
 
     fn cores(places: &[(&str, &str)]) -> Vec<Core> {

@@ -87,6 +87,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Option<Options> {
 fn run(options: Options) -> Result<Infallible, String> {
     sys::harden()?;
     cpu::require(&options.required)?;
+    cpu::require_seeds()?;
     let tiles = cpu::has_tiles(&options.required);
     if tiles {
         cpu::permit_tiles(matches!(options.backend, Backend::Kvm))?;
