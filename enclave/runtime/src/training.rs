@@ -122,7 +122,7 @@ impl Engine {
         limits: &Limits,
         generator: &mut Generator,
     ) -> Result<usize, Refusal> {
-        let mut sampled = 0_u32;
+        let mut sampled = 0_usize;
         let mut number = 0_u32;
         let mut bytes = [0; DRAWS * 4];
         for shard in shards.iter() {
@@ -131,18 +131,17 @@ impl Engine {
                 let (draws, _) = bytes.as_chunks::<4>();
                 for (slot, draw) in (block..shard.capacity).zip(draws) {
                     // The number is always written and only kept by the count: no branch on data.
-                    let place = self.memory.indices.get_mut(sampled as usize);
+                    let place = self.memory.indices.get_mut(sampled);
                     *place.ok_or(Refusal::LimitExceeded)? = number;
-                    let taken = (u64::from(u32::from_le_bytes(*draw)) < limits.sample_rate)
-                        & (slot < shard.count)
-                        & (sampled < limits.max_batch);
-                    sampled = sampled.saturating_add(u32::from(taken));
-                    number = number.saturating_add(1);
+                    let drawn = u64::from(u32::from_le_bytes(*draw)) < limits.sample_rate;
+                    sampled = sampled.wrapping_add(usize::from(drawn & (slot < shard.count)));
+                    number = number.wrapping_add(1);
                 }
             }
         }
         bytes.zeroize();
-        Ok(sampled as usize)
+        // Here, so that a draw waits for one addition of the last and no more.
+        Ok(sampled.min(limits.max_batch as usize))
     }
 
     /// Fills a physical batch with the sampled records from `first` on.
