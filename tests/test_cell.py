@@ -374,6 +374,15 @@ def test_tile_registers_are_had_before_the_cell_is_locked(image: Path, backend: 
         pytest.skip("KVM gives virtual machines no AMX here: only the refusal was tested")
 
 
+def test_a_host_that_ignores_how_its_children_end(image: Path) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with Cell(image, threads=1, features=[]) as cell:
+            assert cell.request(ECHO, b"here", timeout=WAIT) == b"here"
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_an_unknown_backend(image: Path) -> None:
     with pytest.raises(UsageError, match="'sgx' is not available: no such backend"):
         Cell(image, backend="sgx", threads=1, features=[])

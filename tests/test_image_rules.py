@@ -37,6 +37,8 @@ FORBIDDEN = re.compile(
     r"|in|ins|insb|insl|outs|outsb|outsl|hlt|cli|sti|vmcall|vmmcall|rdfsbase|wrfsbase|wrgsbase"
 )
 GATE_ONLY = re.compile(r"out|enclu|iretq?")
+# Of RDSEED only the 64-bit form: on some processors the others give too many zeros.
+RDSEED = re.compile(r"%r([a-d]x|[sd]i|bp|\d+)")
 PREFIXES = {"rep", "repz", "repnz", "lock", "notrack", "data16", "cs", "{evex}", "{vex}"}
 AVX512 = re.compile(r"%zmm|%k[0-7]\b|%[xy]mm(1[6-9]|2\d|3[01])")
 
@@ -234,14 +236,24 @@ def test_no_instruction_asks_the_system_or_the_processor(image: Image) -> None:
     assert not [row for row in everything if "%fs:" in row.operands or "%gs:" in row.operands]
 
 
+def test_seeds_are_of_64_bits(image: Image) -> None:
+    operands = [
+        row.operands for body in image.functions.values() for row in body if row.name == "rdseed"
+    ]
+    assert operands
+    assert not [operand for operand in operands if not RDSEED.fullmatch(operand)]
+
+
 def test_the_disassembly_shows_what_is_forbidden(tmp_path: Path) -> None:
     bad = ("syscall", "sysenter", "int $0x80", "cpuid", "rdtsc", "rdtscp", "xgetbv", "wrpkru")
-    source = "\n".join(
-        (".text", ".global bad", "bad:", *bad, "rep insb", "vpxorq %zmm1,%zmm1,%zmm1")
-    )
+    seeds = [f"rdseed %{register}" for register in ("rax", "r9", "eax", "r9d", "ax")]
+    others = ["rep insb", "vpxorq %zmm1,%zmm1,%zmm1"]
+    source = "\n".join((".text", ".global bad", "bad:", *seeds, *bad, *others))
     (tmp_path / "bad.s").write_text(source + "\n")
     subprocess.run(["cc", "-c", "bad.s", "-o", "bad.o"], cwd=tmp_path, check=True)
     (body,) = Image(tmp_path / "bad.o", "none").functions.values()
+    drawn, body = body[:5], body[5:]
+    assert [bool(RDSEED.fullmatch(row.operands)) for row in drawn] == [True] * 2 + [False] * 3
     assert [bool(FORBIDDEN.fullmatch(row.name)) for row in body] == [True] * 9 + [False]
     assert AVX512.search(body[-1].operands)
 

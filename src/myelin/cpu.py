@@ -50,9 +50,10 @@ class CpuUnsupported(MyelinError):
 class Cpu:
     """A CPU level.
 
-    `level` names it, `features` are all instruction sets that kernels and runtime may use, named as
-    in /proc/cpuinfo, `lanes` is the number of float32 in a vector register. `runtime` is the level
-    whose enclave runtime its images hold. `cache` are the bytes of a core's own cache, the second.
+    `level` names it, `features` are all instruction sets that kernels and runtime may use but
+    RDSEED, named as in /proc/cpuinfo, `lanes` is the number of float32 in a vector register.
+    `runtime` is the level whose enclave runtime its images hold. `cache` are the bytes of a core's
+    own cache, the second.
     """
 
     level: str

@@ -13,7 +13,7 @@ use crate::plan::{Loss, Plan, Program};
 
 /// Weights that a task sums, or makes noise for by one generator.
 const CHUNK: usize = 16_384;
-/// Weights whose sums a task holds at once: as many as `release` draws noise for at once.
+/// Weights whose sums a task holds at once: a multiple of what `Noise::release` draws for at once.
 const BLOCK: usize = 1_024;
 /// Rows of a physical batch that a task fills.
 const ROWS: usize = 8;

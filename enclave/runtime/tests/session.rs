@@ -466,9 +466,11 @@ fn every_record_is_sampled_at_the_rate_and_batches_are_capped() {
     let mut host = Host::new(Shape::SMALL, |_| ()).loaded();
     host.train(1, ALL, 1).unwrap();
     assert_eq!(host.control.borrow().masks, [4.0, 4.0, 3.0], "eleven in batches of four");
+    let all = host.control.borrow().rows.clone();
     let mut host = Host::new(Shape::SMALL, |job| job.max_batch = 6).loaded();
     host.train(1, ALL, 1).unwrap();
     assert_eq!(host.control.borrow().masks, [4.0, 2.0], "no more than max_batch");
+    assert_eq!(host.control.borrow().rows, all[..6], "the first, in order");
 }
 
 #[test]

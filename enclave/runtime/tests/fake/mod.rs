@@ -24,6 +24,8 @@ pub struct Control {
     pub without_entropy: bool,
     /// Sum of each mask that `gradient` saw.
     pub masks: Vec<f32>,
+    /// Features of the records that `gradient` saw.
+    pub rows: Vec<Vec<f32>>,
     /// hyper[0] and hyper[1] that `update` saw.
     pub hyper: Vec<(f32, f32)>,
     /// Whether the session had the workspaces wiped.
@@ -242,6 +244,8 @@ impl Machine for Fake {
             (0, [x, y, mask, hyper, weights, out]) => {
                 gradient(x, y, mask, hyper[0], weights, out);
                 control.masks.push(mask.iter().sum());
+                let rows = x.chunks(x.len() / BATCH).zip(mask).filter(|(_, mask)| **mask > 0.0);
+                control.rows.extend(rows.map(|(row, _)| row.to_vec()));
                 if control.zero_gradients {
                     out.fill(0.0);
                 }
