@@ -37,11 +37,11 @@ pub fn require(features: &[String]) -> Result<(), String> {
 pub fn require_seeds() -> Result<(), String> {
     let mut word = 0;
     // SAFETY: where the instruction is not, a fault ends the child that runs it.
-    require_instruction(|| unsafe { _rdseed64_step(&mut word) })
+    seeds_from(|| unsafe { _rdseed64_step(&mut word) })
 }
 
-/// Refuses a CPU without the instruction in `run`, which must do nothing else: a child runs it.
-fn require_instruction<T>(run: impl FnOnce() -> T) -> Result<(), String> {
+/// Refuses a CPU without RDSEED, which `run` executes, and nothing else: a child runs it.
+fn seeds_from<T>(run: impl FnOnce() -> T) -> Result<(), String> {
     let mut status = 0;
     // SAFETY: other threads may hold locks, so the child calls nothing but `run` and `_exit`.
     unsafe {
@@ -210,10 +210,10 @@ mod tests {
     fn an_instruction_is_tried() {
         assert_eq!(require_seeds(), Ok(()));
         // SAFETY: `ud2` faults, in the child.
-        let refusal = require_instruction(|| unsafe { asm!("ud2") }).unwrap_err();
+        let refusal = seeds_from(|| unsafe { asm!("ud2") }).unwrap_err();
         assert!(refusal.starts_with("this CPU lacks RDSEED, "), "{refusal}");
         // SAFETY: no memory is involved.
-        let killed = require_instruction(|| unsafe { libc::raise(libc::SIGKILL) });
+        let killed = seeds_from(|| unsafe { libc::raise(libc::SIGKILL) });
         assert_eq!(killed, Err("trying RDSEED ended with status 0x9".into()));
     }
 
